@@ -1,0 +1,166 @@
+"""The checker: a program and its scope in, `Checked` or every refusal out. Pure; milliseconds; no torch.
+
+It walks the nodes once in list order. A node whose operand was refused is skipped, so that one mistake gives
+one refusal. What it returns is all that the engine may use: resolved rows, token ids, values, the cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from trocar import errors
+from trocar.graph import cost, ops
+from trocar.graph.cost import Cost, Prices
+from trocar.graph.program import Generation, Program
+from trocar.graph.rules import Scope, Selection, Walk
+from trocar.graph.shapes import Value
+from trocar.graph.spec import EDITS, OUTPUTS, SPEC
+
+MAX_PROMPTS: Final = 4096
+MAX_TOKENS: Final = 1_000_000
+MAX_FLOPS: Final = 10**16
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """An accepted program with everything resolved.
+
+    Attributes:
+        values: type of each value node.
+        selections: resolved rows by selector text.
+        token_ids: ids asked for by each `logprobs` node, per prompt.
+        reads_gen: whether rows of generated tokens are read, so that the last token is fed back too.
+    """
+
+    program: Program
+    lengths: tuple[int, ...]
+    generation: Generation
+    values: Mapping[str, Value]
+    selections: Mapping[str, Selection]
+    token_ids: Mapping[str, tuple[tuple[int, ...], ...]]
+    cost: Cost
+    reads_gen: bool
+
+    def edits(self) -> Iterator[ops.EditAdd | ops.EditSet | ops.EditScale | ops.EditProjectOut]:
+        for node in self.program.nodes:
+            if isinstance(node, ops.EditAdd | ops.EditSet | ops.EditScale | ops.EditProjectOut):
+                yield node
+
+    def outputs(self) -> Iterator[ops.Capture | ops.Lens | ops.Logprobs | ops.Score | ops.Text]:
+        for node in self.program.nodes:
+            if isinstance(node, ops.Capture | ops.Lens | ops.Logprobs | ops.Score | ops.Text):
+                yield node
+
+
+def check(program: Program, scope: Scope, prices: Prices) -> Checked:
+    """Accepts or refuses a program.
+
+    Raises:
+        ProgramError: with every refusal found, each with a JSON path into the request.
+    """
+    _check_prompts(scope)
+    walk, found = Walk(scope), list[errors.Refusal]()
+    refused: set[str] = set()
+    seen: set[str] = set()
+    for i, node in enumerate(program.nodes):
+        path = f"program.nodes[{i}]"
+        if node.id in seen or node.id == ops.ZERO:
+            found.append(errors.refusal("duplicate_id", f"{path}.id", f"the id {node.id!r} is taken"))
+            continue
+        seen.add(node.id)
+        _step(node, walk, path, found, refused)
+    if not any(n.op in OUTPUTS for n in program.nodes):
+        found.append(errors.refusal("nothing_returned", "program.nodes", "the program has no output node"))
+    if found:
+        raise errors.ProgramError(found)
+    return _accept(program, walk, prices)
+
+
+def _check_prompts(scope: Scope) -> None:
+    if not scope.lengths:
+        raise errors.refuse("empty_prompt", "prompts", "the request has no prompt")
+    if len(scope.lengths) > MAX_PROMPTS:
+        raise errors.refuse("too_expensive", "prompts", f"{len(scope.lengths)} prompts; one request takes at most {MAX_PROMPTS}")
+    room = scope.model.context - scope.generation.max_new_tokens
+    for i, length in enumerate(scope.lengths):
+        if length == 0:
+            raise errors.refuse("empty_prompt", f"prompts[{i}]", f"prompt {i} has no tokens")
+        if length > room:
+            raise errors.refuse("prompt_too_long", f"prompts[{i}]", f"prompt {i} has {length} tokens; {room} fit with this generation")
+
+
+def _step(node: ops.Node, walk: Walk, path: str, found: list[errors.Refusal], refused: set[str]) -> None:
+    spec = SPEC[node.op]  # type: ignore[attr-defined]
+    try:
+        for name, kinds in spec.takes.items():
+            if not _operands_known(node, name, kinds, walk, path, refused):
+                refused.add(node.id)
+                return
+        value = spec.rule(node, walk, path)
+    except errors.TrocarError as e:
+        found.extend(e.refusals)
+        refused.add(node.id)
+        return
+    if value is not None:
+        walk.values[node.id] = value
+
+
+def _operands_known(node: ops.Node, name: str, kinds: tuple[str, ...], walk: Walk, path: str, refused: set[str]) -> bool:
+    """False if an operand was refused before; raises if it never existed or is of a wrong kind."""
+    given = getattr(node, name)
+    for i, ref in enumerate(given if isinstance(given, tuple) else (given,)):
+        where = f"{path}.{name}[{i}]" if isinstance(given, tuple) else f"{path}.{name}"
+        if ref in refused:
+            return False
+        if ref == ops.ZERO:
+            continue
+        if ref not in walk.values:
+            near = errors.closest(ref, walk.values)
+            raise errors.refuse("unknown_ref", where, f"no earlier node has the id {ref!r}", closest=near)
+        if walk.values[ref].kind not in kinds:
+            raise errors.refuse("wrong_operand", where, f"{ref!r} is {walk.values[ref].kind}; accepted: {', '.join(kinds)}")
+    return True
+
+
+def _accept(program: Program, walk: Walk, prices: Prices) -> Checked:
+    price = _price(program, walk, prices)
+    if price.tokens > MAX_TOKENS or price.flops > MAX_FLOPS:
+        raise errors.refuse("too_expensive", "prompts", f"{price.tokens} tokens and {price.flops:.1e} FLOPs; the limits are {MAX_TOKENS} and {MAX_FLOPS:.0e}")
+    return Checked(
+        program=program,
+        lengths=walk.scope.lengths,
+        generation=walk.scope.generation,
+        values=walk.values,
+        selections=walk.selections,
+        token_ids=walk.token_ids,
+        cost=price,
+        reads_gen=any(v.gen for v in walk.values.values()) or _logprobs_gen(program, walk),
+    )
+
+
+def _logprobs_gen(program: Program, walk: Walk) -> bool:
+    return any(isinstance(n, ops.Logprobs) and walk.selections[n.at].has_gen for n in program.nodes)
+
+
+def _price(program: Program, walk: Walk, prices: Prices) -> Cost:
+    bits = {"overhead": prices.overhead_bits}
+    edits = sum(1 for n in program.nodes if n.op in EDITS)
+    if edits:
+        bits["receipts"] = edits * cost.edit_bits(walk, prices)
+    for node in program.nodes:
+        price = SPEC[node.op].bits
+        if price is not None:
+            bits[node.id] = price(node, walk, prices)
+    lens_rows = sum(cost.rows_of(walk.values[r], walk) for n in program.nodes if isinstance(n, ops.Lens) for r in n.of)
+    reads = [walk.values[n.id] for n in program.nodes if isinstance(n, ops.Read)]
+    return Cost(
+        tokens=cost.tokens(walk),
+        rows_read=sum(cost.rows_of(v, walk) for v in reads),
+        flops=cost.flops(walk, lens_rows),
+        bytes_stored=sum(cost.stored_bytes(n, walk) for n in program.nodes if isinstance(n, ops.Capture)),
+        bits_out=bits,
+        total_bits=sum(bits.values()),
+        download_bits=sum(cost.rows_of(v, walk) * v.width * 16 for v in reads),
+    )

@@ -1,0 +1,105 @@
+"""Static cost of a program: a function of the request and public policy alone, known before anything runs.
+
+Bits are what may leave at most. Every output op counts its own; each edit's receipt counts two norms; each
+admitted request counts an overhead for its status, length and timing. Nothing here depends on activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from trocar.graph import ops
+from trocar.graph.facts import ModelFacts
+from trocar.graph.rules import GEN_COUNT_BITS, Walk
+from trocar.graph.shapes import Value
+from trocar.strict import Strict
+
+STORED_BYTES_PER_NUMBER: Final = 4
+SIDECAR_BYTES_PER_ROW: Final = 32
+NORMS_PER_EDIT: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """Public prices: bits of one released number, and of one admitted request."""
+
+    scalar_bits: int
+    overhead_bits: int
+
+
+class Cost(Strict):
+    """What a program costs at most.
+
+    Attributes:
+        tokens: tokens that go through the model.
+        rows_read: rows read at sites, over all prompts.
+        flops: floating-point operations of the forward pass and the lenses.
+        bytes_stored: bytes that captures add to the store.
+        bits_out: bits of each output, of edit receipts (`receipts`) and of the request (`overhead`).
+        total_bits: their sum: the reservation.
+        download_bits: what the same activations would be as a bf16 download, for comparison.
+    """
+
+    tokens: int
+    rows_read: int
+    flops: int
+    bytes_stored: int
+    bits_out: dict[str, int]
+    total_bits: int
+    download_bits: int
+
+
+def token_bits(model: ModelFacts) -> int:
+    """Bits of one token id: ceil(log2 V)."""
+    return (model.vocab_size - 1).bit_length()
+
+
+def rows_of(value: Value, walk: Walk) -> int:
+    """Upper bound of the rows of a value."""
+    gen = walk.selections[value.at].gen_rows if value.gen and value.at is not None else 0
+    return sum(value.counts) + gen * len(walk.scope.lengths)
+
+
+def lens_bits(node: ops.Lens, walk: Walk, prices: Prices) -> int:
+    each = token_bits(walk.scope.model) + prices.scalar_bits
+    return sum(rows_of(walk.values[r], walk) for r in node.of) * node.top_k * each
+
+
+def logprobs_bits(node: ops.Logprobs, walk: Walk, prices: Prices) -> int:
+    return walk.selections[node.at].most_rows * len(walk.token_ids[node.id][0]) * prices.scalar_bits
+
+
+def score_bits(node: ops.Score, walk: Walk, prices: Prices) -> int:
+    return rows_of(walk.values[node.of], walk) * prices.scalar_bits
+
+
+def text_bits(_node: ops.Text, walk: Walk, _prices: Prices) -> int:
+    """A prefix-free code: n tokens and an end mark per prompt."""
+    per_prompt = walk.scope.generation.max_new_tokens + 1
+    return len(walk.scope.lengths) * per_prompt * token_bits(walk.scope.model)
+
+
+def capture_bits(node: ops.Capture, walk: Walk, _prices: Prices) -> int:
+    """A handle is random; only how many rows a generation gave depends on the model."""
+    return len(walk.scope.lengths) * GEN_COUNT_BITS if walk.values[node.of[0]].gen else 0
+
+
+def edit_bits(walk: Walk, prices: Prices) -> int:
+    gen = GEN_COUNT_BITS if walk.scope.generation.max_new_tokens else 0
+    return NORMS_PER_EDIT * prices.scalar_bits + gen
+
+
+def flops(walk: Walk, lens_rows: int) -> int:
+    model = walk.scope.model
+    return 2 * model.parameters * tokens(walk) + 2 * model.d_model * model.vocab_size * lens_rows
+
+
+def tokens(walk: Walk) -> int:
+    return sum(walk.scope.lengths) + len(walk.scope.lengths) * walk.scope.generation.max_new_tokens
+
+
+def stored_bytes(node: ops.Capture, walk: Walk) -> int:
+    values = [walk.values[r] for r in node.of]
+    vectors = sum(rows_of(v, walk) * v.width * STORED_BYTES_PER_NUMBER for v in values)
+    return vectors + rows_of(values[0], walk) * SIDECAR_BYTES_PER_ROW

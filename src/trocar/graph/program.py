@@ -1,0 +1,80 @@
+"""What is sent: a program, and how text is generated after the prompts.
+
+`Node` is the closed union of everything in `ops`; the discriminator is `op`. List order is evaluation order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from trocar import strict
+from trocar.graph import ops
+from trocar.strict import Strict
+
+MAX_NODES = 2000
+MAX_NEW_TOKENS = 1024
+
+Node = Annotated[
+    ops.Read
+    | ops.Tensor
+    | ops.Vector
+    | ops.Stored
+    | ops.Add
+    | ops.Sub
+    | ops.Scale
+    | ops.Dot
+    | ops.Mean
+    | ops.EditAdd
+    | ops.EditSet
+    | ops.EditScale
+    | ops.EditProjectOut
+    | ops.Capture
+    | ops.Lens
+    | ops.Logprobs
+    | ops.Score
+    | ops.Text,
+    Field(discriminator="op"),
+]
+
+
+class Generation(Strict):
+    """How tokens are generated after each prompt.
+
+    Attributes:
+        max_new_tokens: 0 for a plain forward pass.
+        temperature: 0 is greedy.
+        top_p: nucleus, used when temperature is above 0 (Holtzman et al. 2020).
+        seed: of the sampler; each prompt has its own stream, whatever the batch.
+        stop_at_eos: whether the model's end tokens end a generation.
+    """
+
+    max_new_tokens: Annotated[int, Field(ge=0, le=MAX_NEW_TOKENS)] = 0
+    temperature: Annotated[float, Field(ge=0.0, le=10.0)] = 0.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    seed: Annotated[int, Field(ge=0, le=2**53)] = 0
+    stop_at_eos: bool = True
+
+
+class Program(Strict):
+    """A typed graph of reads, edits and outputs."""
+
+    version: Literal[1] = 1
+    nodes: Annotated[tuple[Node, ...], Field(min_length=1, max_length=MAX_NODES)]
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, as hex."""
+        return hashlib.sha256(canonical(self)).hexdigest()
+
+
+def canonical(model: Strict) -> bytes:
+    """Canonical JSON of a strict model: sorted keys, no spaces."""
+    return json.dumps(model.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+
+
+def json_schema() -> dict[str, object]:
+    """JSON Schema of `Program`."""
+    return strict.schema(Program)

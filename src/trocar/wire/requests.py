@@ -1,0 +1,63 @@
+"""What a client sends. Strict models; vectors ride beside them in a frame (`wire.tensors`)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from trocar.graph.ops import HandleText
+from trocar.graph.program import Generation, Program
+from trocar.strict import Strict
+
+MAX_TEXT = 200_000
+TokenIds = Annotated[tuple[Annotated[int, Field(ge=0, le=2**31)], ...], Field(max_length=65_536)]
+Prompt = Annotated[str, Field(max_length=MAX_TEXT)] | TokenIds
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+Label = bool | int | Annotated[float, Field(ge=-1e9, le=1e9)]
+Group = int | Annotated[str, Field(max_length=200)]
+FitKind = Literal["logistic", "mean_diff", "ridge"]
+
+
+class RunRequest(Strict):
+    """A program with the prompts it runs on.
+
+    Attributes:
+        model: name of a served model.
+        prompts: texts, or token ids, one program for all of them.
+        program: the typed graph.
+        generation: how tokens are generated after each prompt.
+    """
+
+    model: Name
+    prompts: Annotated[tuple[Prompt, ...], Field(min_length=1, max_length=4096)]
+    program: Program
+    generation: Generation = Generation()
+
+
+class FitRequest(Strict):
+    """A fit on stored rows; it runs where the rows are.
+
+    Attributes:
+        handle: activations to fit on; every captured site is fitted.
+        kind: `logistic`, `mean_diff` or `ridge`.
+        labels: one per prompt, in prompt order (per row when each prompt has one row, the usual case).
+        groups: rows of one group never stand on both sides of the split, one per prompt.
+        test_fraction: part of the prompts held out.
+        l2: strength of the penalty; None for the fit's default.
+    """
+
+    handle: HandleText
+    kind: FitKind
+    labels: Annotated[tuple[Label, ...], Field(min_length=1, max_length=1_000_000)]
+    groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=1_000_000)] | None = None
+    test_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    l2: Annotated[float, Field(gt=0.0, le=1e9)] | None = None
+
+
+class TokenizeRequest(Strict):
+    """Texts to tokenise as the model would."""
+
+    model: Name
+    texts: Annotated[tuple[Annotated[str, Field(max_length=MAX_TEXT)], ...], Field(min_length=1, max_length=256)]

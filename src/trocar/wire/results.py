@@ -1,0 +1,313 @@
+"""What a server answers. `Public` models hold only what follows from requests and policy; `Output` models
+hold what came out of the model, and leave only through the gate, which quantises and counts them.
+
+Numbers in outputs are lists indexed as their docstrings say; `prompts` and `positions` name each row.
+Positions are absolute: a position at or beyond the prompt's length is a generated token.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from trocar.graph.cost import Cost
+from trocar.graph.facts import ModelFacts
+from trocar.strict import Strict
+
+JobState = Literal["QUEUED", "RUNNING", "RELEASING", "COMPLETED", "FAILED", "CANCELLED"]
+FINAL: tuple[JobState, ...] = ("COMPLETED", "FAILED", "CANCELLED")
+
+
+class Public(Strict):
+    """Base of answers that hold nothing of the model's computation."""
+
+
+class RefusalView(Strict):
+    code: str
+    path: str
+    reason: str
+    next_step: str
+    closest: str | None
+    docs: str
+
+
+class BudgetView(Strict):
+    """Lifetime budget of the calling key for one lineage; None means counted, not capped."""
+
+    tier: str
+    limit_bits: int | None
+    spent_bits: int
+    left_bits: int | None
+
+
+class PlanView(Public):
+    """What a program would do and cost, priced before anything runs.
+
+    Attributes:
+        prompts: number of prompts.
+        lengths: tokens of each prompt.
+        cost: static cost.
+        outputs: `(id, op, declassifier, bits)` per output.
+        edits: `(id, op, site, selector, rows)` per edit; rows of generated tokens are an upper bound.
+        admitted: whether the budget has room.
+    """
+
+    model: str
+    prompts: int
+    lengths: tuple[int, ...]
+    program_digest: str
+    cost: Cost
+    outputs: tuple[OutputPlan, ...]
+    edits: tuple[EditPlan, ...]
+    budget: BudgetView
+    admitted: bool
+
+
+class OutputPlan(Strict):
+    id: str
+    op: str
+    leaves_as: str
+    bits: int
+
+
+class EditPlan(Strict):
+    id: str
+    op: str
+    site: str
+    at: str
+    rows: int
+
+
+class JobView(Public):
+    """State of a job. `refusals` is set when it FAILED."""
+
+    job: str
+    kind: Literal["run", "fit"]
+    state: JobState
+    done: int
+    total: int
+    ahead: int
+    elapsed_s: float
+    refusals: tuple[RefusalView, ...] = ()
+
+
+class HandleView(Public):
+    """A handle that the caller owns; its rows stay on the server."""
+
+    handle: str
+    kind: Literal["activations", "artifact"]
+    model: str
+    fingerprint: str
+    sites: tuple[str, ...]
+    widths: dict[str, int]
+    rows: int
+    bytes: int
+    dtype: str
+    created: str
+
+
+class HandlesView(Public):
+    handles: tuple[HandleView, ...]
+    stored_bytes: int
+
+
+class ModelsView(Public):
+    models: tuple[ModelFacts, ...]
+
+
+class OpView(Strict):
+    op: str
+    group: str
+    doc: str
+    gives: str
+    leaves_as: str
+    fields: tuple[str, ...]
+
+
+class CapabilitiesView(Public):
+    """What this server can do, from the op table and the models it loaded."""
+
+    version: str
+    isolation: Literal["process", "host"]
+    engines: dict[str, str]
+    ops: tuple[OpView, ...]
+    fits: tuple[str, ...]
+    scalar_bits: int
+    overhead_bits: int
+
+
+class TokensView(Public):
+    """Token ids and their texts; a tokenizer is public."""
+
+    ids: tuple[tuple[int, ...], ...]
+    texts: tuple[tuple[str, ...], ...]
+
+
+class LedgerEntryView(Strict):
+    seq: int
+    kind: str
+    bits: int
+    time: str
+
+
+class LedgerView(Public):
+    """The calling key's own account."""
+
+    key: str
+    budgets: dict[str, BudgetView]
+    entries: tuple[LedgerEntryView, ...]
+    head: str
+
+
+class EngineView(Public):
+    """Counters for operators: how full the batches were."""
+
+    forwards: int
+    sequences: int
+    tokens: int
+    most_requests_in_a_forward: int
+    live_requests: int
+
+
+class HealthView(Public):
+    status: Literal["ok"]
+    version: str
+
+
+class ErasedView(Public):
+    handle: str
+    erased: bool
+
+
+# ---- what leaves through the gate -----------------------------------------------------------------
+
+
+class LensOutput(Strict):
+    """Top-k next tokens: `ids`, `texts`, `logprobs` are indexed [value][row][k]; values are named in `names`."""
+
+    kind: Literal["lens"] = "lens"
+    names: tuple[str, ...]
+    prompts: tuple[int, ...]
+    positions: tuple[int, ...]
+    ids: tuple[tuple[tuple[int, ...], ...], ...]
+    texts: tuple[tuple[tuple[str, ...], ...], ...]
+    logprobs: tuple[tuple[tuple[float, ...], ...], ...]
+
+
+class LogprobsOutput(Strict):
+    """Log-probabilities (nats) of named tokens, [row][token]; `ids` and `texts` are [prompt][token]."""
+
+    kind: Literal["logprobs"] = "logprobs"
+    prompts: tuple[int, ...]
+    positions: tuple[int, ...]
+    ids: tuple[tuple[int, ...], ...]
+    texts: tuple[tuple[str, ...], ...]
+    logprobs: tuple[tuple[float, ...], ...]
+
+
+class ScoreOutput(Strict):
+    """One number per row, [row]."""
+
+    kind: Literal["score"] = "score"
+    prompts: tuple[int, ...]
+    positions: tuple[int, ...]
+    scores: tuple[float, ...]
+
+
+class TextOutput(Strict):
+    """Generated text and token ids per prompt; `finished` says whether an end token came."""
+
+    kind: Literal["text"] = "text"
+    texts: tuple[str, ...]
+    ids: tuple[tuple[int, ...], ...]
+    finished: tuple[bool, ...]
+
+
+class CaptureOutput(Strict):
+    """A handle to rows that stayed on the server."""
+
+    kind: Literal["capture"] = "capture"
+    handle: str
+    sites: tuple[str, ...]
+    widths: dict[str, int]
+    rows: int
+    bytes: int
+    rows_per_prompt: tuple[int, ...]
+
+
+class SiteMetrics(Strict):
+    """Metrics of a fit at one site; keys as in docs/fits.md."""
+
+    site: str
+    metrics: dict[str, float]
+
+
+class FitOutput(Strict):
+    """An artifact that stays on the server, and its metrics by site."""
+
+    kind: Literal["fit"] = "fit"
+    artifact: str
+    fit: str
+    fingerprint: str
+    n_train: int
+    n_test: int
+    sites: tuple[SiteMetrics, ...]
+
+
+Output = Annotated[
+    LensOutput | LogprobsOutput | ScoreOutput | TextOutput | CaptureOutput | FitOutput, Field(discriminator="kind")
+]
+
+
+class EditReceipt(Strict):
+    """What an edit really did.
+
+    Attributes:
+        rows: rows written.
+        norm_before: mean Euclidean norm of those rows before the edit.
+        norm_after: and after it.
+    """
+
+    id: str
+    op: str
+    site: str
+    rows: int
+    norm_before: float
+    norm_after: float
+
+
+class Receipt(Strict):
+    """What ran: enough to cite and to repeat."""
+
+    model: str
+    fingerprint: str
+    engine: str
+    dtype: str
+    program_digest: str
+    request_digest: str
+    seed: int
+    edits: tuple[EditReceipt, ...]
+    released_bits: dict[str, int]
+    reserved_bits: int
+
+
+class RunResult(Strict):
+    """Everything one request released. `tokens` are the prompts' token texts, [prompt][position]."""
+
+    outputs: dict[str, Output]
+    tokens: tuple[tuple[str, ...], ...]
+    receipt: Receipt
+
+
+class Charge(Public):
+    """The ledger's answer to a release."""
+
+    bits: int
+    seq: int
+    head: str
+    left_bits: int | None
+    replayed: bool = False
+
+
+PlanView.model_rebuild()
