@@ -43,25 +43,75 @@ class SiteSpec:
 
 
 _TABLE: Final = (
-    SiteSpec("embeddings", 0, False, "d_model", True, "Token embeddings as they enter layer 0 (scaled where the family scales them)."),
-    SiteSpec("resid_pre", 1, True, "d_model", True, "The residual stream before layer L; equals resid_post of the layer before."),
-    SiteSpec("attn_in", 2, True, "d_model", True, "What the attention block reads: the stream after its input norm."),
+    SiteSpec(
+        "embeddings",
+        0,
+        False,
+        "d_model",
+        True,
+        "Token embeddings as they enter layer 0 (scaled where the family scales them).",
+    ),
+    SiteSpec(
+        "resid_pre",
+        1,
+        True,
+        "d_model",
+        True,
+        "The residual stream before layer L; equals resid_post of the layer before.",
+    ),
+    SiteSpec(
+        "attn_in",
+        2,
+        True,
+        "d_model",
+        True,
+        "What the attention block reads: the stream after its input norm.",
+    ),
     SiteSpec("q", 3, True, "d_heads", True, "Queries before the rotary embedding, heads concatenated."),
-    SiteSpec("k", 4, True, "d_kv_heads", True, "Keys before the rotary embedding, key/value heads concatenated."),
+    SiteSpec(
+        "k", 4, True, "d_kv_heads", True, "Keys before the rotary embedding, key/value heads concatenated."
+    ),
     SiteSpec("v", 5, True, "d_kv_heads", True, "Values, key/value heads concatenated."),
     SiteSpec("attn_probs", 6, True, "d_heads", False, "Attention pattern after the softmax."),
-    SiteSpec("z", 7, True, "d_heads", True, "Per-head outputs before the output projection, heads concatenated."),
+    SiteSpec(
+        "z", 7, True, "d_heads", True, "Per-head outputs before the output projection, heads concatenated."
+    ),
     SiteSpec("attn_out", 8, True, "d_model", True, "Output of the attention block's output projection."),
-    SiteSpec("attn_out_post", 9, True, "d_model", True, "What attention adds to the stream, after a sandwich norm where there is one."),
+    SiteSpec(
+        "attn_out_post",
+        9,
+        True,
+        "d_model",
+        True,
+        "What attention adds to the stream, after a sandwich norm where there is one.",
+    ),
     SiteSpec("resid_mid", 10, True, "d_model", True, "The residual stream between attention and MLP."),
     SiteSpec("mlp_in", 11, True, "d_model", True, "What the MLP reads: the stream after its input norm."),
     SiteSpec("mlp_act", 12, True, "d_mlp", True, "MLP neurons: the input of the down projection."),
     SiteSpec("mlp_out", 13, True, "d_model", True, "Output of the MLP's down projection."),
-    SiteSpec("mlp_out_post", 14, True, "d_model", True, "What the MLP adds to the stream, after a sandwich norm where there is one."),
-    SiteSpec("router_logits", 15, True, "d_model", False, "Expert router logits of a mixture-of-experts layer."),
+    SiteSpec(
+        "mlp_out_post",
+        14,
+        True,
+        "d_model",
+        True,
+        "What the MLP adds to the stream, after a sandwich norm where there is one.",
+    ),
+    SiteSpec(
+        "router_logits", 15, True, "d_model", False, "Expert router logits of a mixture-of-experts layer."
+    ),
     SiteSpec("resid_post", 16, True, "d_model", True, "The residual stream after layer L."),
-    SiteSpec("final_norm", 17, False, "d_model", True, "Output of the last norm: what the unembedding reads."),
-    SiteSpec("logits", 18, False, "vocab", False, "Next-token logits. Never readable as rows: use lens or logprobs."),
+    SiteSpec(
+        "final_norm", 17, False, "d_model", True, "Output of the last norm: what the unembedding reads."
+    ),
+    SiteSpec(
+        "logits",
+        18,
+        False,
+        "vocab",
+        False,
+        "Next-token logits. Never readable as rows: use lens or logprobs.",
+    ),
 )
 SITES: Final[dict[str, SiteSpec]] = {row.name: row for row in _TABLE}
 _STRIDE: Final = 32
@@ -96,7 +146,9 @@ def parse(text: str, path: str = "site") -> Site:
     if spec.layered and layer is None:
         raise errors.refuse("unknown_site", path, f"{text!r} needs a layer", closest=f"{spec.name}.0")
     if not spec.layered and layer is not None:
-        raise errors.refuse("unknown_site", path, f"{spec.name!r} exists once per model and takes no layer", closest=spec.name)
+        raise errors.refuse(
+            "unknown_site", path, f"{spec.name!r} exists once per model and takes no layer", closest=spec.name
+        )
     return Site(spec.name, None if layer is None else int(layer))
 
 
@@ -123,7 +175,9 @@ def expand(pattern: str, n_layers: int, path: str = "sites") -> list[Site]:
     if layer != "*":
         return [parse(pattern, path)]
     if name not in SITES or not SITES[name].layered:
-        raise errors.refuse("unknown_site", path, f"{pattern!r} is not a layered site", closest=_nearest(pattern))
+        raise errors.refuse(
+            "unknown_site", path, f"{pattern!r} is not a layered site", closest=_nearest(pattern)
+        )
     return [Site(name, i) for i in range(n_layers)]
 
 

@@ -112,6 +112,18 @@ _KIND: Final = {
 }
 
 
+def make(model: type[M], /, **fields: Any) -> M:
+    """Builds a strict model from Python values, with our refusals instead of pydantic's.
+
+    Raises:
+        ProgramError: as `parse`.
+    """
+    try:
+        return model(**fields)
+    except ValidationError as e:
+        raise errors.ProgramError([_translate(item, {}) for item in e.errors()[:20]]) from None
+
+
 def _consequence(item: Any) -> bool:
     """Whether a finding only repeats one inside it: a list is not too short because its items were refused."""
     return item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]

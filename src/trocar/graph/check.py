@@ -82,13 +82,21 @@ def _check_prompts(scope: Scope) -> None:
     if not scope.lengths:
         raise errors.refuse("empty_prompt", "prompts", "the request has no prompt")
     if len(scope.lengths) > MAX_PROMPTS:
-        raise errors.refuse("too_expensive", "prompts", f"{len(scope.lengths)} prompts; one request takes at most {MAX_PROMPTS}")
+        raise errors.refuse(
+            "too_expensive",
+            "prompts",
+            f"{len(scope.lengths)} prompts; one request takes at most {MAX_PROMPTS}",
+        )
     room = scope.model.context - scope.generation.max_new_tokens
     for i, length in enumerate(scope.lengths):
         if length == 0:
             raise errors.refuse("empty_prompt", f"prompts[{i}]", f"prompt {i} has no tokens")
         if length > room:
-            raise errors.refuse("prompt_too_long", f"prompts[{i}]", f"prompt {i} has {length} tokens; {room} fit with this generation")
+            raise errors.refuse(
+                "prompt_too_long",
+                f"prompts[{i}]",
+                f"prompt {i} has {length} tokens; {room} fit with this generation",
+            )
 
 
 def _step(node: ops.Node, walk: Walk, path: str, found: list[errors.Refusal], refused: set[str]) -> None:
@@ -107,7 +115,9 @@ def _step(node: ops.Node, walk: Walk, path: str, found: list[errors.Refusal], re
         walk.values[node.id] = value
 
 
-def _operands_known(node: ops.Node, name: str, kinds: tuple[str, ...], walk: Walk, path: str, refused: set[str]) -> bool:
+def _operands_known(
+    node: ops.Node, name: str, kinds: tuple[str, ...], walk: Walk, path: str, refused: set[str]
+) -> bool:
     """False if an operand was refused before; raises if it never existed or is of a wrong kind."""
     given = getattr(node, name)
     for i, ref in enumerate(given if isinstance(given, tuple) else (given,)):
@@ -120,14 +130,20 @@ def _operands_known(node: ops.Node, name: str, kinds: tuple[str, ...], walk: Wal
             near = errors.closest(ref, walk.values)
             raise errors.refuse("unknown_ref", where, f"no earlier node has the id {ref!r}", closest=near)
         if walk.values[ref].kind not in kinds:
-            raise errors.refuse("wrong_operand", where, f"{ref!r} is {walk.values[ref].kind}; accepted: {', '.join(kinds)}")
+            raise errors.refuse(
+                "wrong_operand", where, f"{ref!r} is {walk.values[ref].kind}; accepted: {', '.join(kinds)}"
+            )
     return True
 
 
 def _accept(program: Program, walk: Walk, prices: Prices) -> Checked:
     price = _price(program, walk, prices)
     if price.tokens > MAX_TOKENS or price.flops > MAX_FLOPS:
-        raise errors.refuse("too_expensive", "prompts", f"{price.tokens} tokens and {price.flops:.1e} FLOPs; the limits are {MAX_TOKENS} and {MAX_FLOPS:.0e}")
+        raise errors.refuse(
+            "too_expensive",
+            "prompts",
+            f"{price.tokens} tokens and {price.flops:.1e} FLOPs; the limits are {MAX_TOKENS} and {MAX_FLOPS:.0e}",
+        )
     return Checked(
         program=program,
         lengths=walk.scope.lengths,
@@ -153,7 +169,9 @@ def _price(program: Program, walk: Walk, prices: Prices) -> Cost:
         price = SPEC[node.op].bits
         if price is not None:
             bits[node.id] = price(node, walk, prices)
-    lens_rows = sum(cost.rows_of(walk.values[r], walk) for n in program.nodes if isinstance(n, ops.Lens) for r in n.of)
+    lens_rows = sum(
+        cost.rows_of(walk.values[r], walk) for n in program.nodes if isinstance(n, ops.Lens) for r in n.of
+    )
     reads = [walk.values[n.id] for n in program.nodes if isinstance(n, ops.Read)]
     return Cost(
         tokens=cost.tokens(walk),

@@ -61,7 +61,9 @@ class ModelFacts(Strict):
         """Refuses a site that the model does not serve or a layer that it does not have."""
         if site.name not in self.sites:
             reason = self.unavailable.get(site.name, "it is not served here")
-            raise errors.refuse("site_unavailable", path, f"{str(site)!r} cannot be used on {self.name}: {reason}")
+            raise errors.refuse(
+                "site_unavailable", path, f"{str(site)!r} cannot be used on {self.name}: {reason}"
+            )
         if site.layer is not None and site.layer >= self.n_layers:
             raise errors.refuse(
                 "layer_out_of_range",

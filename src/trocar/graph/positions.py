@@ -76,10 +76,16 @@ def parse(text: str, path: str) -> Selector:
         return Selector("all", Span(None, None), Span(None, None))
     match = _FORM.match(text)
     if match is None:
-        raise errors.refuse("bad_position", path, f"{text[:80]!r} is not a position selector", closest=_nearest(text))
+        raise errors.refuse(
+            "bad_position", path, f"{text[:80]!r} is not a position selector", closest=_nearest(text)
+        )
     span = _span(match)
     if match[1] == "gen" and any(n is not None and n < 0 for n in (span.start, span.stop)):
-        raise errors.refuse("bad_position", path, f"{text!r}: how many tokens will be generated is not known, so gen counts from 0")
+        raise errors.refuse(
+            "bad_position",
+            path,
+            f"{text!r}: how many tokens will be generated is not known, so gen counts from 0",
+        )
     return Selector(text, span, None) if match[1] == "prompt" else Selector(text, None, span)
 
 
@@ -110,7 +116,9 @@ def resolve(selector: Selector, length: int, max_new_tokens: int, path: str, pro
         ProgramError: `position_out_of_range`.
     """
     prompt = _part(selector, selector.prompt, length, f"prompt {prompt_index} has {length} tokens", path)
-    gen = _part(selector, selector.gen, max_new_tokens, f"at most {max_new_tokens} tokens are generated", path)
+    gen = _part(
+        selector, selector.gen, max_new_tokens, f"at most {max_new_tokens} tokens are generated", path
+    )
     return Rows(prompt, gen)
 
 

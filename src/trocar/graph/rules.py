@@ -77,7 +77,9 @@ class Walk:
         rows = tuple(positions.resolve(selector, n, most, path, i) for i, n in enumerate(self.scope.lengths))
         selection = Selection(selector, rows, tuple(len(r.prompt) for r in rows), len(rows[0].gen))
         if selection.most_rows == 0 or (selector.static and 0 in selection.counts):
-            raise errors.refuse("touches_nothing", path, f"{at!r} selects no token{self._why_nothing(selector)}")
+            raise errors.refuse(
+                "touches_nothing", path, f"{at!r} selects no token{self._why_nothing(selector)}"
+            )
         return selection
 
     def _why_nothing(self, selector: positions.Selector) -> str:
@@ -97,32 +99,42 @@ def read(node: ops.Read, walk: Walk, path: str) -> Value:
     site = walk.site(node.site, f"{path}.site")
     selection = walk.select(node.at, f"{path}.at")
     width = walk.scope.model.width(site)
-    return Value("rows", width, Label.ACT, selection.counts, node.at, selection.has_gen, walk.order(site), (site,))
+    return Value(
+        "rows", width, Label.ACT, selection.counts, node.at, selection.has_gen, walk.order(site), (site,)
+    )
 
 
 def tensor(node: ops.Tensor, walk: Walk, path: str) -> Value:
     widths = walk.scope.tensors
     if node.name not in widths:
         near = errors.closest(node.name, widths)
-        raise errors.refuse("unknown_tensor", f"{path}.name", f"the request carries no tensor {node.name!r}", closest=near)
+        raise errors.refuse(
+            "unknown_tensor", f"{path}.name", f"the request carries no tensor {node.name!r}", closest=near
+        )
     return Value("vector", widths[node.name], Label.USER)
 
 
 def _handle(handle: str, kind: str, walk: Walk, path: str) -> HandleFacts:
     facts = walk.scope.handles.get(handle)
     if facts is None:
-        raise errors.ProgramError([errors.refusal("handle_not_found", path, f"there is no handle {handle!r}")])
+        raise errors.ProgramError(
+            [errors.refusal("handle_not_found", path, f"there is no handle {handle!r}")]
+        )
     if facts.kind != kind:
         raise errors.refuse("wrong_handle", path, f"{handle!r} holds {facts.kind}, not {kind}")
     if facts.fingerprint != walk.scope.model.fingerprint:
-        raise errors.refuse("wrong_handle", path, f"{handle!r} was made on another model than {walk.scope.model.name!r}")
+        raise errors.refuse(
+            "wrong_handle", path, f"{handle!r} was made on another model than {walk.scope.model.name!r}"
+        )
     return facts
 
 
 def _held_width(facts: HandleFacts, site: str, path: str) -> int:
     if site not in facts.widths:
         near = errors.closest(site, facts.widths)
-        raise errors.refuse("wrong_handle", path, f"{facts.handle!r} holds nothing for {site!r}", closest=near)
+        raise errors.refuse(
+            "wrong_handle", path, f"{facts.handle!r} holds nothing for {site!r}", closest=near
+        )
     return facts.widths[site]
 
 
@@ -137,9 +149,13 @@ def stored(node: ops.Stored, walk: Walk, path: str) -> Value:
     if len(facts.rows_per_prompt) != len(walk.scope.lengths):
         held, asked = len(facts.rows_per_prompt), len(walk.scope.lengths)
         raise errors.refuse(
-            "rows_mismatch", f"{path}.handle", f"{node.handle!r} holds rows of {held} prompts, this request has {asked}"
+            "rows_mismatch",
+            f"{path}.handle",
+            f"{node.handle!r} holds rows of {held} prompts, this request has {asked}",
         )
-    return Value("rows", width, Label.ACT, facts.rows_per_prompt, sites=(sites.parse(node.site, f"{path}.site"),))
+    return Value(
+        "rows", width, Label.ACT, facts.rows_per_prompt, sites=(sites.parse(node.site, f"{path}.site"),)
+    )
 
 
 def add(node: ops.Add | ops.Sub, walk: Walk, path: str) -> Value:
@@ -153,7 +169,9 @@ def scale(node: ops.Scale, walk: Walk, _path: str) -> Value:
 def dot(node: ops.Dot, walk: Walk, path: str) -> Value:
     value = combine(walk.values[node.a], walk.values[node.b], path)
     if value.kind != "rows":
-        raise errors.refuse("wrong_operand", f"{path}.a", f"dot needs rows on one side, not {value.kind} twice")
+        raise errors.refuse(
+            "wrong_operand", f"{path}.a", f"dot needs rows on one side, not {value.kind} twice"
+        )
     return replace(value, kind="scalars", width=1)
 
 
@@ -167,7 +185,9 @@ def mean(node: ops.Mean, walk: Walk, path: str) -> Value:
     return replace(value, kind="per_prompt", counts=(1,) * len(value.counts), at=None)
 
 
-def _edit_target(node: ops.EditAdd | ops.EditSet | ops.EditScale | ops.EditProjectOut, walk: Walk, path: str) -> tuple[sites.Site, Selection]:
+def _edit_target(
+    node: ops.EditAdd | ops.EditSet | ops.EditScale | ops.EditProjectOut, walk: Walk, path: str
+) -> tuple[sites.Site, Selection]:
     site = walk.site(node.site, f"{path}.site")
     if not site.spec.editable:
         raise errors.refuse("site_not_editable", f"{path}.site", f"{node.site!r} can be read but not written")
@@ -191,20 +211,33 @@ def edit_with_value(node: ops.EditAdd | ops.EditSet | ops.EditProjectOut, walk: 
     value = walk.values[node.value]
     width = walk.scope.model.width(site)
     if value.width != width:
-        raise errors.refuse("width_mismatch", f"{path}.value", f"{node.value!r} has width {value.width}, {node.site} has width {width}")
+        raise errors.refuse(
+            "width_mismatch",
+            f"{path}.value",
+            f"{node.value!r} has width {value.width}, {node.site} has width {width}",
+        )
     if value.kind == "rows":
         require_aligned(value, node.at, selection.counts, selection.has_gen, f"{path}.value")
     _require_earlier(node, value, site, selection, walk, path)
 
 
 def _require_earlier(
-    node: ops.EditAdd | ops.EditSet | ops.EditProjectOut, value: Value, site: sites.Site, selection: Selection, walk: Walk, path: str
+    node: ops.EditAdd | ops.EditSet | ops.EditProjectOut,
+    value: Value,
+    site: sites.Site,
+    selection: Selection,
+    walk: Walk,
+    path: str,
 ) -> None:
     only_later_tokens = not value.gen and selection.selector.prompt is None
     if value.ready <= walk.order(site) or only_later_tokens:
         return
     names = ", ".join(str(s) for s in value.sites)
-    raise errors.refuse("edit_after_layer", f"{path}.value", f"{node.value!r} is read at {names}, which is computed after {node.site}")
+    raise errors.refuse(
+        "edit_after_layer",
+        f"{path}.value",
+        f"{node.value!r} is read at {names}, which is computed after {node.site}",
+    )
 
 
 def edit_scale(node: ops.EditScale, walk: Walk, path: str) -> None:
@@ -216,7 +249,9 @@ def _same_rows(refs: Sequence[str], walk: Walk, path: str) -> list[Value]:
     first = values[0]
     for i, value in enumerate(values[1:], start=1):
         if (value.kind, value.at, value.counts) != (first.kind, first.at, first.counts):
-            raise errors.refuse("rows_mismatch", f"{path}.of[{i}]", f"{refs[i]!r} and {refs[0]!r} select different tokens")
+            raise errors.refuse(
+                "rows_mismatch", f"{path}.of[{i}]", f"{refs[i]!r} and {refs[0]!r} select different tokens"
+            )
     return values
 
 
@@ -225,9 +260,13 @@ def capture(node: ops.Capture, walk: Walk, path: str) -> None:
     seen: set[sites.Site] = set()
     for i, value in enumerate(values):
         if value.kind != "rows" or len(value.sites) != 1 or value.at is None:
-            raise errors.refuse("wrong_operand", f"{path}.of[{i}]", f"{node.of[i]!r} is not the rows of one site of this pass")
+            raise errors.refuse(
+                "wrong_operand", f"{path}.of[{i}]", f"{node.of[i]!r} is not the rows of one site of this pass"
+            )
         if value.sites[0] in seen:
-            raise errors.refuse("wrong_operand", f"{path}.of[{i}]", f"{value.sites[0]} is captured twice by one node")
+            raise errors.refuse(
+                "wrong_operand", f"{path}.of[{i}]", f"{value.sites[0]} is captured twice by one node"
+            )
         seen.add(value.sites[0])
 
 
@@ -235,11 +274,17 @@ def lens(node: ops.Lens, walk: Walk, path: str) -> None:
     for i, value in enumerate(_same_rows(node.of, walk, path)):
         if value.width != walk.scope.model.d_model:
             raise errors.refuse(
-                "width_mismatch", f"{path}.of[{i}]", f"the lens reads rows of width {walk.scope.model.d_model}, {node.of[i]!r} has {value.width}"
+                "width_mismatch",
+                f"{path}.of[{i}]",
+                f"the lens reads rows of width {walk.scope.model.d_model}, {node.of[i]!r} has {value.width}",
             )
         normed = [s.name == "final_norm" for s in value.sites]
         if any(normed) and not all(normed):
-            raise errors.refuse("wrong_operand", f"{path}.of[{i}]", f"{node.of[i]!r} mixes rows before and after the final norm")
+            raise errors.refuse(
+                "wrong_operand",
+                f"{path}.of[{i}]",
+                f"{node.of[i]!r} mixes rows before and after the final norm",
+            )
 
 
 def logprobs(node: ops.Logprobs, walk: Walk, path: str) -> None:
@@ -248,7 +293,9 @@ def logprobs(node: ops.Logprobs, walk: Walk, path: str) -> None:
     first = node.tokens[0]
     lists = node.tokens if isinstance(first, tuple) else (node.tokens,) * n_prompts
     if len(lists) != n_prompts:
-        raise errors.refuse("rows_mismatch", f"{path}.tokens", f"{len(lists)} lists of tokens for {n_prompts} prompts")
+        raise errors.refuse(
+            "rows_mismatch", f"{path}.tokens", f"{len(lists)} lists of tokens for {n_prompts} prompts"
+        )
     if len({len(row) for row in lists if isinstance(row, tuple)}) != 1:
         raise errors.refuse("bad_value", f"{path}.tokens", "every prompt needs the same number of tokens")
     walk.token_ids[node.id] = tuple(
@@ -259,7 +306,9 @@ def logprobs(node: ops.Logprobs, walk: Walk, path: str) -> None:
 def _token(token: object, walk: Walk, path: str) -> int:
     if isinstance(token, int):
         if not 0 <= token < walk.scope.model.vocab_size:
-            raise errors.refuse("unknown_token", path, f"token id {token} is outside 0..{walk.scope.model.vocab_size - 1}")
+            raise errors.refuse(
+                "unknown_token", path, f"token id {token} is outside 0..{walk.scope.model.vocab_size - 1}"
+            )
         return token
     ids = walk.scope.encode(str(token))
     if len(ids) != 1:
@@ -271,19 +320,30 @@ def score(node: ops.Score, walk: Walk, path: str) -> None:
     value = walk.values[node.of]
     if node.probe is None:
         if value.kind != "scalars":
-            raise errors.refuse("wrong_operand", f"{path}.of", f"{node.of!r} is {value.kind}; a score needs dot(...) or a probe")
+            raise errors.refuse(
+                "wrong_operand",
+                f"{path}.of",
+                f"{node.of!r} is {value.kind}; a score needs dot(...) or a probe",
+            )
         return
     facts = _handle(node.probe, "artifact", walk, f"{path}.probe")
     if not facts.has_probe:
-        raise errors.refuse("wrong_handle", f"{path}.probe", f"{node.probe!r} is a direction without a bias; use dot")
+        raise errors.refuse(
+            "wrong_handle", f"{path}.probe", f"{node.probe!r} is a direction without a bias; use dot"
+        )
     if node.site is None:
         raise errors.refuse("missing_field", f"{path}.site", "a probe holds weights per site: name the site")
     if value.kind != "rows" or value.width != _held_width(facts, node.site, f"{path}.site"):
-        raise errors.refuse("width_mismatch", f"{path}.of", f"{node.of!r} is not rows of the probe's width at {node.site}")
+        raise errors.refuse(
+            "width_mismatch", f"{path}.of", f"{node.of!r} is not rows of the probe's width at {node.site}"
+        )
 
 
 def text(_node: ops.Text, walk: Walk, path: str) -> None:
     if walk.scope.generation.max_new_tokens == 0:
         raise errors.refuse(
-            "touches_nothing", path, "text is returned but max_new_tokens is 0", next_step="Set generation.max_new_tokens."
+            "touches_nothing",
+            path,
+            "text is returned but max_new_tokens is 0",
+            next_step="Set generation.max_new_tokens.",
         )

@@ -74,10 +74,14 @@ def require_aligned(value: Value, at: str | None, counts: tuple[int, ...], gen: 
         return
     if value.gen or gen:
         raise errors.refuse(
-            "rows_mismatch", path, f"rows of {value.at!r} and {at!r} cannot be paired: generated rows pair only with the same selector"
+            "rows_mismatch",
+            path,
+            f"rows of {value.at!r} and {at!r} cannot be paired: generated rows pair only with the same selector",
         )
     if value.counts != counts:
         first = next(i for i, (x, y) in enumerate(zip(value.counts, counts, strict=True)) if x != y)
         raise errors.refuse(
-            "rows_mismatch", path, f"prompt {first}: {value.counts[first]} rows on one side and {counts[first]} on the other"
+            "rows_mismatch",
+            path,
+            f"prompt {first}: {value.counts[first]} rows on one side and {counts[first]} on the other",
         )

@@ -12,7 +12,22 @@ from trocar.strict import Strict
 
 MAX_TEXT = 200_000
 TokenIds = Annotated[tuple[Annotated[int, Field(ge=0, le=2**31)], ...], Field(max_length=65_536)]
-Prompt = Annotated[str, Field(max_length=MAX_TEXT)] | TokenIds
+
+
+class Message(Strict):
+    """One turn of a conversation."""
+
+    role: Annotated[str, Field(max_length=32)]
+    content: Annotated[str, Field(max_length=MAX_TEXT)]
+
+
+class Chat(Strict):
+    """A conversation; the server applies the model's own template and asks for the assistant's turn."""
+
+    messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=256)]
+
+
+Prompt = Annotated[str, Field(max_length=MAX_TEXT)] | TokenIds | Chat
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Label = bool | int | Annotated[float, Field(ge=-1e9, le=1e9)]
 Group = int | Annotated[str, Field(max_length=200)]
@@ -51,7 +66,7 @@ class FitRequest(Strict):
     kind: FitKind
     labels: Annotated[tuple[Label, ...], Field(min_length=1, max_length=1_000_000)]
     groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=1_000_000)] | None = None
-    test_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.25
+    test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.25
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     l2: Annotated[float, Field(gt=0.0, le=1e9)] | None = None
 
@@ -60,4 +75,6 @@ class TokenizeRequest(Strict):
     """Texts to tokenise as the model would."""
 
     model: Name
-    texts: Annotated[tuple[Annotated[str, Field(max_length=MAX_TEXT)], ...], Field(min_length=1, max_length=256)]
+    texts: Annotated[
+        tuple[Annotated[str, Field(max_length=MAX_TEXT)], ...], Field(min_length=1, max_length=256)
+    ]

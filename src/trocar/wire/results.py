@@ -256,7 +256,8 @@ class FitOutput(Strict):
 
 
 Output = Annotated[
-    LensOutput | LogprobsOutput | ScoreOutput | TextOutput | CaptureOutput | FitOutput, Field(discriminator="kind")
+    LensOutput | LogprobsOutput | ScoreOutput | TextOutput | CaptureOutput | FitOutput,
+    Field(discriminator="kind"),
 ]
 
 

@@ -53,7 +53,9 @@ def unpack(frame: bytes) -> tuple[bytes, dict[str, npt.NDArray[np.float32]]]:
     _, length = _HEAD.unpack_from(frame)
     end = _HEAD.size + length
     if end > len(frame):
-        raise errors.refuse("bad_frame", "$", f"the header promises {length} bytes of JSON, {len(frame) - _HEAD.size} follow")
+        raise errors.refuse(
+            "bad_frame", "$", f"the header promises {length} bytes of JSON, {len(frame) - _HEAD.size} follow"
+        )
     return frame[_HEAD.size : end], _read_vectors(frame[end:])
 
 
@@ -85,17 +87,23 @@ def _check_header(raw: bytes) -> None:
         raise errors.refuse("too_large", "tensors", f"a frame carries at most {MAX_TENSORS} tensors")
     for name, entry in header.items():
         if not isinstance(entry, dict) or entry.get("dtype") not in ("F32", "F16"):
-            raise errors.refuse("bad_tensor", f"tensors.{name[:64]}", "only dense F32 and F16 vectors are accepted")
+            raise errors.refuse(
+                "bad_tensor", f"tensors.{name[:64]}", "only dense F32 and F16 vectors are accepted"
+            )
 
 
 def _check_vector(name: str, vector: npt.NDArray[Any]) -> None:
     path = f"tensors.{name[:64]}"
     if vector.ndim != 1 or not 0 < vector.shape[0] <= MAX_WIDTH or vector.dtype.kind != "f":
-        raise errors.refuse("bad_tensor", path, f"{name[:64]!r} has shape {vector.shape} and dtype {vector.dtype}")
+        raise errors.refuse(
+            "bad_tensor", path, f"{name[:64]!r} has shape {vector.shape} and dtype {vector.dtype}"
+        )
     finite = np.isfinite(vector)
     if not finite.all():
         where = int(np.flatnonzero(~finite)[0])
         raise errors.refuse("not_finite", path, f"{name[:64]!r} is {vector[where]} at index {where}")
     largest = float(np.abs(vector).max())
     if largest > MAX_ABS:
-        raise errors.refuse("bad_tensor", path, f"{name[:64]!r} has a number of size {largest:.3g}; the limit is {MAX_ABS:g}")
+        raise errors.refuse(
+            "bad_tensor", path, f"{name[:64]!r} has a number of size {largest:.3g}; the limit is {MAX_ABS:g}"
+        )

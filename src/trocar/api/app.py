@@ -1,0 +1,265 @@
+"""The FastAPI application of a server.
+
+Bodies are read whole up to a limit and decoded by our own strict reader, so duplicate keys, NaN and unknown
+fields are refused before any model sees them. Every route returns `Released`; `answer` is the only function
+that turns one into a response, and nothing else here makes responses.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Final, TypeVar
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, FastAPI, Header, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from trocar import __version__, errors, strict
+from trocar.api import openapi
+from trocar.gate import release
+from trocar.gate.keys import Principal
+from trocar.gate.release import Released
+from trocar.graph.spec import SPEC, field_names
+from trocar.service.service import Service
+from trocar.strict import Strict
+from trocar.wire import requests as q
+from trocar.wire import tensors
+
+log = logging.getLogger(__name__)
+MAX_BODY_BYTES: Final = 32 << 20
+M = TypeVar("M", bound=Strict)
+OPTIONS: Final = {
+    "op": tuple(SPEC),
+    "*": (*field_names(), *q.RunRequest.model_fields, *q.FitRequest.model_fields),
+}
+JSON: Final = "application/json"
+
+
+def answer(released: Released, request_id: str) -> Response:
+    """The only way from a use case to the network."""
+    headers = {"x-request-id": request_id, "cache-control": "no-store", "x-content-type-options": "nosniff"}
+    if released.charge is not None:
+        left = released.charge.left_bits
+        headers |= {
+            "x-trocar-bits": str(released.charge.bits),
+            "x-trocar-ledger-seq": str(released.charge.seq),
+            "x-trocar-ledger-head": released.charge.head,
+            "x-trocar-bits-left": "uncapped" if left is None else str(left),
+            "x-trocar-replayed": str(released.charge.replayed).lower(),
+        }
+    if released.status == 503:
+        headers["retry-after"] = "2"
+    if released.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return Response(released.payload, released.status, headers, JSON)
+
+
+async def read_body(request: Request) -> bytes:
+    """The body, cut off at the limit however it is sent.
+
+    Raises:
+        BadRequest: `too_large`, `bad_json` for a compressed body.
+    """
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise errors.refuse("bad_json", "$", "compressed bodies are not read")
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise errors.refuse("too_large", "$", f"the body is larger than {MAX_BODY_BYTES} bytes")
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def decode(request: Request, model: type[M]) -> tuple[M, dict[str, Any]]:
+    """A strict model and the vectors beside it, from JSON or from a frame."""
+    body = await read_body(request)
+    kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+    if kind == tensors.MEDIA_TYPE:
+        body, vectors = tensors.unpack(body)
+        return strict.parse(model, body, options=OPTIONS), vectors
+    if kind != JSON:
+        raise errors.refuse(
+            "bad_json", "content-type", f"{kind[:80]!r} is not {JSON} or {tensors.MEDIA_TYPE}"
+        )
+    return strict.parse(model, body, options=OPTIONS), {}
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _principal(
+    request: Request, authorization: Annotated[str | None, Header(include_in_schema=False)] = None
+) -> Principal:
+    scheme, _, secret = (authorization or "").partition(" ")
+    return _service(request).gate.keys.authenticate(secret.strip() if scheme.lower() == "bearer" else None)
+
+
+Caller = Annotated[Principal, Depends(_principal)]
+Idempotency = Annotated[str | None, Header(alias="idempotency-key")]
+router = APIRouter(prefix="/v1")
+
+
+async def _off_loop(request: Request, verb: Callable[..., Released], *args: Any) -> Response:
+    """Runs a use case on a worker thread, so that the event loop never waits for the ledger or the checker."""
+    return answer(await to_thread.run_sync(verb, *args), request.state.request_id)
+
+
+@router.get("/models", tags=["facts"])
+async def models(request: Request) -> Response:
+    """Facts of the served models: layers, widths, sites and why a site is unavailable."""
+    return await _off_loop(request, _service(request).models)
+
+
+@router.get("/capabilities", tags=["facts"])
+async def capabilities(request: Request) -> Response:
+    """Ops, fits, prices, engines and the isolation level."""
+    return await _off_loop(request, _service(request).capabilities)
+
+
+@router.post("/tokenize", tags=["facts"], openapi_extra=openapi.body(q.TokenizeRequest))
+async def tokenize(request: Request, caller: Caller) -> Response:
+    """Token ids and texts as the model sees them."""
+    body, _ = await decode(request, q.TokenizeRequest)
+    return await _off_loop(request, _service(request).tokenize, caller, body)
+
+
+@router.post("/plan", tags=["programs"], openapi_extra=openapi.body(q.RunRequest))
+async def plan(request: Request, caller: Caller) -> Response:
+    """Checks and prices a program; nothing runs and nothing is spent."""
+    body, vectors = await decode(request, q.RunRequest)
+    return await _off_loop(request, _service(request).plan, caller, body, vectors)
+
+
+@router.post("/runs", tags=["programs"], status_code=202, openapi_extra=openapi.body(q.RunRequest))
+async def run(request: Request, caller: Caller, idempotency_key: Idempotency = None) -> Response:
+    """Admits a program and starts its job."""
+    body, vectors = await decode(request, q.RunRequest)
+    return await _off_loop(request, _service(request).run, caller, body, vectors, idempotency_key)
+
+
+@router.post("/fits", tags=["programs"], status_code=202, openapi_extra=openapi.body(q.FitRequest))
+async def fit(request: Request, caller: Caller, idempotency_key: Idempotency = None) -> Response:
+    """Fits stored rows on the server; only metrics come back."""
+    body, _ = await decode(request, q.FitRequest)
+    return await _off_loop(request, _service(request).fit, caller, body, idempotency_key)
+
+
+@router.get("/jobs/{job}", tags=["jobs"])
+async def job_state(request: Request, caller: Caller, job: str) -> Response:
+    """State and progress of a job."""
+    return await _off_loop(request, _service(request).job, caller, job)
+
+
+@router.get("/jobs/{job}/result", tags=["jobs"])
+async def job_result(request: Request, caller: Caller, job: str, wait_s: float = 0.0) -> Response:
+    """The result, waiting at most 30 s; 202 with the job's state while it runs."""
+    return await _off_loop(request, _service(request).job_result, caller, job, wait_s)
+
+
+@router.delete("/jobs/{job}", tags=["jobs"])
+async def cancel(request: Request, caller: Caller, job: str) -> Response:
+    """Stops a job before its next batch."""
+    return await _off_loop(request, _service(request).cancel, caller, job)
+
+
+@router.get("/handles", tags=["handles"])
+async def handles(request: Request, caller: Caller) -> Response:
+    """The caller's activations and artifacts."""
+    return await _off_loop(request, _service(request).handles, caller)
+
+
+@router.get("/handles/{handle}", tags=["handles"])
+async def handle_facts(request: Request, caller: Caller, handle: str) -> Response:
+    """Facts of one handle; never its rows."""
+    return await _off_loop(request, _service(request).handle, caller, handle)
+
+
+@router.delete("/handles/{handle}", tags=["handles"])
+async def erase(request: Request, caller: Caller, handle: str) -> Response:
+    """Deletes a handle."""
+    return await _off_loop(request, _service(request).erase, caller, handle)
+
+
+@router.get("/ledger", tags=["accounts"])
+async def ledger(request: Request, caller: Caller) -> Response:
+    """The calling key's own budgets and entries."""
+    return await _off_loop(request, _service(request).account, caller)
+
+
+@router.get("/engine", tags=["operators"])
+async def engine(request: Request, caller: Caller) -> Response:
+    """Batch counters."""
+    return await _off_loop(request, _service(request).engine, caller)
+
+
+class RequestId:
+    """Gives every request an id of our own; what a client sends in `x-request-id` is ignored."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope.setdefault("state", {})["request_id"] = f"req_{secrets.token_hex(12)}"
+        await self._app(scope, receive, send)
+
+
+def create_app(service: Service) -> FastAPI:
+    """Builds the application around a service."""
+    app = FastAPI(
+        title="Trocar",
+        version=__version__,
+        summary="Interpretability on models you may never download.",
+        description=openapi.DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
+    app.state.service = service
+    app.include_router(router)
+    app.add_middleware(RequestId)
+    app.add_exception_handler(errors.TrocarError, _on_refusal)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_fault)
+    openapi.mount(app, answer)
+
+    @app.get("/healthz", tags=["facts"])
+    async def healthz(request: Request) -> Response:
+        """Whether the server answers."""
+        return answer(service.health(), request.state.request_id)
+
+    return app
+
+
+Handler = Callable[[Request, Exception], Awaitable[Response]]
+
+
+async def _on_refusal(request: Request, error: Exception) -> Response:
+    if not isinstance(error, errors.TrocarError):
+        raise error
+    return _refused(request, error)
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    return _refused(
+        request, errors.refuse("no_route", request.url.path[:200], f"HTTP {status} at this address")
+    )
+
+
+async def _on_fault(request: Request, error: Exception) -> Response:
+    log.error("request %s failed", request.state.request_id, exc_info=error)
+    return _refused(request, errors.refuse("internal", "", "the request could not be served"))
+
+
+def _refused(request: Request, error: errors.TrocarError) -> Response:
+    request_id: str = request.state.request_id
+    named = type(error)(error.refusals, request_id)
+    return answer(release.refused(named), request_id)

@@ -1,0 +1,1 @@
+"""The SDK: clients, traces, handles, jobs and results. It holds no weights and imports no torch."""

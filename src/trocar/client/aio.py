@@ -1,0 +1,365 @@
+"""The async client: the one core that talks to a server. `trocar.client.sync` is its facade, verb by verb."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import httpx
+
+from trocar import errors, sites
+from trocar.client.handles import Probe, Stored, StoredRows
+from trocar.client.notebook import ProgressLine
+from trocar.client.results import Plan, Results, Text
+from trocar.client.settings import Settings
+from trocar.client.trace import Prompts, Recorded, Trace
+from trocar.client.transport import Transport
+from trocar.graph.builder import EditSpec, Position, SiteRows
+from trocar.graph.facts import ModelFacts
+from trocar.graph.program import Generation
+from trocar.wire import requests as q
+from trocar.wire import results as r
+
+POLL_S = 20.0
+T = TypeVar("T")
+
+
+class AsyncJob(Generic[T]):
+    """A job on the server; `await job.result()` or `await job`."""
+
+    def __init__(self, client: AsyncClient, view: r.JobView, finish: Any) -> None:
+        self._client = client
+        self._view = view
+        self._finish = finish
+        self._result: T | None = None
+
+    @property
+    def id(self) -> str:
+        return self._view.job
+
+    @property
+    def state(self) -> r.JobState:
+        """State at the last look; `refresh` looks again."""
+        return self._view.state
+
+    async def refresh(self) -> r.JobState:
+        self._view = (await self._client.transport.get(f"/v1/jobs/{self.id}")).view(r.JobView)
+        return self._view.state
+
+    async def result(self) -> T:
+        """Waits for the result.
+
+        Raises:
+            TrocarError: what made the job fail, as the class that names it.
+        """
+        line = ProgressLine(quiet=self._client.quiet)
+        while self._result is None:
+            answer = await self._client.transport.get(f"/v1/jobs/{self.id}/result", wait_s=POLL_S)
+            if answer.status == 200:
+                self._result = self._finish(answer)
+                self._view = self._view.model_copy(update={"state": "COMPLETED", "done": self._view.total})
+            else:
+                self._view = answer.view(r.JobView)
+            line.show(self._view)
+        return self._result
+
+    async def cancel(self) -> None:
+        """Stops the job before its next batch."""
+        await self._client.transport.delete(f"/v1/jobs/{self.id}")
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self.result().__await__()
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id} {self.state} {self._view.done}/{self._view.total}>"
+
+
+@dataclass(frozen=True, slots=True)
+class AsyncActivations:
+    """Captured rows that stay on the server. `acts["resid_post.12"]` is a value for edits."""
+
+    client: AsyncClient
+    stored: Stored
+
+    @property
+    def handle(self) -> str:
+        return self.stored.handle
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return self.stored.sites
+
+    @property
+    def rows(self) -> int:
+        return self.stored.rows
+
+    def __getitem__(self, site: str) -> StoredRows:
+        return self.stored.at(site)
+
+    async def fit(
+        self,
+        kind: q.FitKind,
+        labels: Sequence[Any],
+        *,
+        groups: Sequence[int | str] | None = None,
+        test_fraction: float = 0.25,
+        seed: int = 0,
+        l2: float | None = None,
+    ) -> Probe:
+        """Fits every captured site on the server; only metrics come back. See docs/fits.md.
+
+        Args:
+            kind: `logistic` (Alain & Bengio 2016), `mean_diff` (Marks & Tegmark 2023) or `ridge`.
+            labels: one per prompt, in prompt order.
+            groups: one per prompt; a group never stands on both sides of the split.
+            test_fraction: held-out part.
+
+        Raises:
+            ProgramError: `bad_labels`, `too_few_rows`.
+        """
+        request = q.FitRequest(
+            handle=self.handle,
+            kind=kind,
+            labels=tuple(plain(x) for x in labels),
+            groups=None if groups is None else tuple(plain(x) for x in groups),
+            test_fraction=test_fraction,
+            seed=seed,
+            l2=l2,
+        )
+        view = (await self.client.transport.post("/v1/fits", request, once=True)).view(r.JobView)
+        results: Results[Any] = await self.client._job(view)
+        probe: Probe = results["fit"]
+        return probe
+
+    async def delete(self) -> None:
+        await self.client.transport.delete(f"/v1/handles/{self.handle}")
+
+    def __repr__(self) -> str:
+        return self.stored.text()
+
+    def _repr_html_(self) -> str:
+        return self.stored.html()
+
+
+def plain(value: Any) -> Any:
+    """A numpy or torch scalar as a Python number."""
+    return value.item() if hasattr(value, "item") else value
+
+
+class AsyncModel:
+    """One served model."""
+
+    def __init__(self, client: AsyncClient, facts: ModelFacts) -> None:
+        self._client = client
+        self.facts = facts
+
+    @property
+    def name(self) -> str:
+        return self.facts.name
+
+    @property
+    def n_layers(self) -> int:
+        return self.facts.n_layers
+
+    @property
+    def d_model(self) -> int:
+        return self.facts.d_model
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites this model serves, without layers."""
+        return self.facts.sites
+
+    def width(self, site: str) -> int:
+        """Width of one row at a site."""
+        return self.facts.width(sites.parse(site))
+
+    def trace(
+        self, prompts: Prompts, **generation: Any
+    ) -> Trace[Awaitable[Plan], Awaitable[AsyncJob[Results[AsyncActivations]]]]:
+        """Opens a recording; keywords are those of `Generation` (`max_new_tokens`, `temperature`, ...)."""
+        return Trace(self, self.facts, prompts, generation_of(generation))
+
+    async def plan(self, recorded: Recorded) -> Plan:
+        answer = await self._client.transport.post("/v1/plan", recorded.request, recorded.vectors)
+        return Plan(answer.view(r.PlanView))
+
+    async def run(self, recorded: Recorded) -> AsyncJob[Results[AsyncActivations]]:
+        answer = await self._client.transport.post("/v1/runs", recorded.request, recorded.vectors, once=True)
+        return self._client._job(answer.view(r.JobView))
+
+    async def capture(
+        self,
+        prompts: Prompts,
+        sites: str | Sequence[str],
+        *,
+        at: Position = -1,
+        edits: Sequence[EditSpec] = (),
+    ) -> AsyncActivations:
+        """Runs the prompts and stores rows on the server; nothing is downloaded.
+
+        Args:
+            sites: `resid_post.12`, `resid_post.*` for every layer, or several of them.
+            at: index, slice or selector; the default is the last prompt token.
+        """
+        recorded = capture_request(self, prompts, sites, at, edits)
+        results = await (await self.run(recorded)).result()
+        activations: AsyncActivations = results["activations"]
+        return activations
+
+    async def generate(
+        self, prompts: Prompts, *, edits: Sequence[EditSpec] = (), max_new_tokens: int = 48, **generation: Any
+    ) -> Text | list[Text]:
+        """Generates after each prompt, with edits on prompt and generated tokens.
+
+        Returns:
+            One `Text` for one prompt given as a string, else a list.
+        """
+        recorded = generate_request(self, prompts, edits, {"max_new_tokens": max_new_tokens, **generation})
+        results = await (await self.run(recorded)).result()
+        texts: list[Text] = results["text"]
+        return texts[0] if isinstance(prompts, str) else texts
+
+    async def tokenize(self, text: str) -> list[tuple[int, str]]:
+        """Token ids with their texts, as the model sees the text."""
+        request = q.TokenizeRequest(model=self.name, texts=(text,))
+        view = (await self._client.transport.post("/v1/tokenize", request)).view(r.TokensView)
+        return list(zip(view.ids[0], view.texts[0], strict=True))
+
+    def __repr__(self) -> str:
+        return model_text(self.facts)
+
+
+def generation_of(fields: dict[str, Any]) -> Generation:
+    """Builds `Generation`, refusing a misspelt keyword with the closest one."""
+    for name in fields:
+        if name not in Generation.model_fields:
+            near = errors.closest(name, Generation.model_fields)
+            raise errors.refuse(
+                "bad_argument", name, f"{name!r} is not an option of a generation", closest=near
+            )
+    return Generation(**fields)
+
+
+def capture_request(
+    model: Any, prompts: Prompts, wanted: str | Sequence[str], at: Position, edits: Sequence[EditSpec]
+) -> Recorded:
+    """The program behind `model.capture`."""
+    patterns = [wanted] if isinstance(wanted, str) else list(wanted)
+    places = sites.unique(p for pattern in patterns for p in sites.expand(pattern, model.facts.n_layers))
+    with model.trace(prompts) as t:
+        t.apply(*edits)
+        t.save("activations", t.capture([SiteRows(t._recorder, place)[at] for place in places]))
+    recorded: Recorded = t.recorded
+    return recorded
+
+
+def generate_request(
+    model: Any, prompts: Prompts, edits: Sequence[EditSpec], generation: dict[str, Any]
+) -> Recorded:
+    """The program behind `model.generate`."""
+    with model.trace(prompts, **generation) as t:
+        t.apply(*edits)
+        t.save("text", t.text())
+    recorded: Recorded = t.recorded
+    return recorded
+
+
+def model_text(facts: ModelFacts) -> str:
+    return (
+        f"Model {facts.name} ({facts.family}, {facts.n_layers} layers, d_model {facts.d_model}, {facts.dtype})\n"
+        f"  fingerprint {facts.fingerprint[:16]}\n  sites {', '.join(facts.sites)}"
+    )
+
+
+class AsyncClient:
+    """A connection to a Trocar server.
+
+    Args:
+        url: default `TROCAR_URL`, the config file, then http://127.0.0.1:8765.
+        api_key: default `TROCAR_API_KEY`, then the config file. Never shown.
+        transport: an httpx transport, to drive a server in-process.
+        quiet: no progress line.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        *,
+        transport: httpx.AsyncBaseTransport | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.settings = Settings.find(url, api_key)
+        self.transport = Transport(self.settings, transport)
+        self.quiet = quiet
+
+    async def models(self) -> tuple[ModelFacts, ...]:
+        """Facts of the served models."""
+        return (await self.transport.get("/v1/models")).view(r.ModelsView).models
+
+    async def model(self, name: str) -> AsyncModel:
+        """A served model by name.
+
+        Raises:
+            NotFound: `unknown_model`, with the closest name.
+        """
+        served = {m.name: m for m in await self.models()}
+        if name not in served:
+            near = errors.closest(name, served)
+            raise errors.refuse(
+                "unknown_model", "model", f"{self.settings.url} does not serve {name!r}", closest=near
+            )
+        return AsyncModel(self, served[name])
+
+    async def capabilities(self) -> r.CapabilitiesView:
+        """Ops, fits, prices and engines of the server."""
+        return (await self.transport.get("/v1/capabilities")).view(r.CapabilitiesView)
+
+    async def handles(self) -> tuple[r.HandleView, ...]:
+        """The caller's handles."""
+        return (await self.transport.get("/v1/handles")).view(r.HandlesView).handles
+
+    async def activations(self, handle: str) -> AsyncActivations:
+        """Stored activations by their id, for example after a restart."""
+        view = (await self.transport.get(f"/v1/handles/{handle}")).view(r.HandleView)
+        return AsyncActivations(self, stored(view))
+
+    async def ledger(self) -> r.LedgerView:
+        """The calling key's own account."""
+        return (await self.transport.get("/v1/ledger")).view(r.LedgerView)
+
+    async def engine(self) -> r.EngineView:
+        """Batch counters; operators only."""
+        return (await self.transport.get("/v1/engine")).view(r.EngineView)
+
+    async def job(self, job_id: str) -> AsyncJob[Results[AsyncActivations]]:
+        """A job by its id, for example after a restart of the client."""
+        return self._job((await self.transport.get(f"/v1/jobs/{job_id}")).view(r.JobView))
+
+    async def close(self) -> None:
+        await self.transport.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.settings.url}>"
+
+    def _job(self, view: r.JobView) -> AsyncJob[Results[AsyncActivations]]:
+        def finish(answer: Any) -> Results[AsyncActivations]:
+            return Results(answer.view(r.RunResult), answer.charge(), self._bind)
+
+        return AsyncJob(self, view, finish)
+
+    def _bind(self, output: r.CaptureOutput) -> AsyncActivations:
+        return AsyncActivations(self, stored(output))
+
+
+def stored(output: r.CaptureOutput | r.HandleView) -> Stored:
+    """The facts of a handle that an answer names."""
+    return Stored(output.handle, output.sites, output.widths, output.rows, output.bytes)

@@ -1,0 +1,318 @@
+"""What a job gave back, with named axes and figures. Every number here passed the gate.
+
+Shape letters: V values (sites), N rows, K top-k, M named tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from trocar import errors
+from trocar.client.handles import Probe
+from trocar.client.notebook import bits_text, html_table, text_table
+from trocar.plots import Heatmap, TokenStrip
+from trocar.wire import results as r
+
+Tokens = tuple[tuple[str, ...], ...]
+H = TypeVar("H")
+H2 = TypeVar("H2")
+
+
+@dataclass(frozen=True, slots=True)
+class LensResult:
+    """Top-k next tokens per value and row.
+
+    Attributes:
+        names: the V values, usually sites.
+        prompts: prompt of each row, int [N].
+        positions: absolute position of each row, int [N].
+    """
+
+    view: r.LensOutput
+    tokens: Tokens
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.view.names
+
+    @property
+    def prompts(self) -> npt.NDArray[np.int64]:
+        return np.asarray(self.view.prompts)
+
+    @property
+    def positions(self) -> npt.NDArray[np.int64]:
+        return np.asarray(self.view.positions)
+
+    @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        """Token ids [V, N, K]."""
+        return np.asarray(self.view.ids)
+
+    @property
+    def logprobs(self) -> npt.NDArray[np.float64]:
+        """Log-probabilities in nats [V, N, K]."""
+        return np.asarray(self.view.logprobs)
+
+    def to_numpy(self) -> npt.NDArray[np.float64]:
+        return self.logprobs
+
+    @property
+    def texts(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """Token texts [V][N][K]."""
+        return self.view.texts
+
+    def heatmap(self, prompt: int | None = None) -> Heatmap:
+        """Layers by tokens: probability of the top token, its text in the cell."""
+        rows = [i for i, p in enumerate(self.view.prompts) if prompt is None or p == prompt]
+        if not rows:
+            raise errors.refuse("bad_argument", "prompt", f"there are no rows of prompt {prompt}")
+        chance = np.exp(self.logprobs[:, rows, 0])
+        return Heatmap(
+            chance.tolist(),
+            [self._label(i) for i in rows],
+            list(self.names),
+            title="Logit lens: most likely next token",
+            x_title="token",
+            y_title="site",
+            value_title="probability",
+            cell_texts=[[self.view.texts[v][i][0] for i in rows] for v in range(len(self.names))],
+            text_title="top token",
+            vmin=0.0,
+            vmax=1.0,
+        )
+
+    def _label(self, row: int) -> str:
+        return token_at(self.tokens, self.view.prompts[row], self.view.positions[row])
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        labels = [self._label(i) for i in range(len(self.view.prompts))][:6]
+        body = [
+            [n, *[_top(t) for t in texts[:6]]] for n, texts in zip(self.names, self.view.texts, strict=True)
+        ]
+        return ["site", *[repr(x)[:18] for x in labels]], body
+
+    def __repr__(self) -> str:
+        return text_table(f"LensResult [V={len(self.names)}, N={len(self.view.prompts)}]", *self._table())
+
+    def _repr_html_(self) -> str:
+        return self.heatmap()._repr_html_()
+
+
+def _top(texts: Sequence[str]) -> str:
+    return repr(texts[0])[:18]
+
+
+def token_at(tokens: Tokens, prompt: int, position: int) -> str:
+    """Text of a row's token; generated rows are named by their index."""
+    if position < 0:
+        return f"mean of prompt {prompt}"
+    row = tokens[prompt]
+    return row[position] if position < len(row) else f"gen[{position - len(row)}]"
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobsResult:
+    """Log-probabilities (nats) of named next tokens: `values` [N, M]; `texts` [prompt][M]."""
+
+    view: r.LogprobsOutput
+    tokens: Tokens
+
+    @property
+    def values(self) -> npt.NDArray[np.float64]:
+        return np.asarray(self.view.logprobs)
+
+    def to_numpy(self) -> npt.NDArray[np.float64]:
+        return self.values
+
+    @property
+    def prompts(self) -> npt.NDArray[np.int64]:
+        return np.asarray(self.view.prompts)
+
+    @property
+    def positions(self) -> npt.NDArray[np.int64]:
+        return np.asarray(self.view.positions)
+
+    @property
+    def texts(self) -> tuple[tuple[str, ...], ...]:
+        return self.view.texts
+
+    def diff(self, first: int = 0, second: int = 1) -> npt.NDArray[np.float64]:
+        """logprob[first] - logprob[second] per row: a logit difference in nats."""
+        difference: npt.NDArray[np.float64] = self.values[:, first] - self.values[:, second]
+        return difference
+
+    def __repr__(self) -> str:
+        rows = [
+            [
+                p,
+                token_at(self.tokens, p, q)[:16],
+                *[f"{t!r}: {x:.3f}" for t, x in zip(self.texts[p], xs, strict=True)],
+            ]
+            for p, q, xs in zip(self.view.prompts, self.view.positions, self.view.logprobs, strict=True)
+        ]
+        return text_table(
+            "LogprobsResult (nats)",
+            ["prompt", "after", *[f"token {i}" for i in range(self.values.shape[1])]],
+            rows[:40],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreResult:
+    """One number per row: `values` [N]."""
+
+    view: r.ScoreOutput
+    tokens: Tokens
+
+    @property
+    def values(self) -> npt.NDArray[np.float64]:
+        return np.asarray(self.view.scores)
+
+    def to_numpy(self) -> npt.NDArray[np.float64]:
+        return self.values
+
+    @property
+    def prompts(self) -> npt.NDArray[np.int64]:
+        return np.asarray(self.view.prompts)
+
+    @property
+    def positions(self) -> npt.NDArray[np.int64]:
+        return np.asarray(self.view.positions)
+
+    def strip(self, prompt: int = 0) -> TokenStrip:
+        """The prompt's tokens coloured by score."""
+        rows = [i for i, p in enumerate(self.view.prompts) if p == prompt]
+        labels = [token_at(self.tokens, prompt, self.view.positions[i]) for i in rows]
+        return TokenStrip(labels, [self.view.scores[i] for i in rows], title=f"scores of prompt {prompt}")
+
+    def __repr__(self) -> str:
+        rows = [
+            [p, token_at(self.tokens, p, q)[:24], f"{x:.4g}"]
+            for p, q, x in zip(self.view.prompts, self.view.positions, self.view.scores, strict=True)
+        ]
+        return text_table("ScoreResult", ["prompt", "token", "score"], rows[:40])
+
+
+class Text(str):
+    """Generated text that remembers its token ids, whether an end token came, and the receipt."""
+
+    __slots__ = ("finished", "ids", "receipt")
+
+    ids: tuple[int, ...]
+    finished: bool
+    receipt: r.Receipt
+
+    @classmethod
+    def of(cls, view: r.TextOutput, index: int, receipt: r.Receipt) -> Text:
+        text = cls(view.texts[index])
+        text.ids, text.finished, text.receipt = view.ids[index], view.finished[index], receipt
+        return text
+
+
+class Results(Mapping[str, Any], Generic[H]):
+    """The outputs of a job by name, its receipt, and what the ledger charged."""
+
+    def __init__(self, result: r.RunResult, charge: r.Charge, bind: Callable[[r.CaptureOutput], H]) -> None:
+        self.receipt = result.receipt
+        self.charge = charge
+        self.tokens = result.tokens
+        self._raw = result
+        self._outputs = {name: self._wrap(output, bind) for name, output in result.outputs.items()}
+
+    def rebind(self, bind: Callable[[r.CaptureOutput], H2]) -> Results[H2]:
+        """The same results with handles bound to another client."""
+        return Results(self._raw, self.charge, bind)
+
+    def _wrap(self, output: r.Output, bind: Callable[[r.CaptureOutput], H]) -> Any:
+        if isinstance(output, r.LensOutput):
+            return LensResult(output, self.tokens)
+        if isinstance(output, r.LogprobsOutput):
+            return LogprobsResult(output, self.tokens)
+        if isinstance(output, r.ScoreOutput):
+            return ScoreResult(output, self.tokens)
+        if isinstance(output, r.TextOutput):
+            return [Text.of(output, i, self.receipt) for i in range(len(output.texts))]
+        return Probe.of(output) if isinstance(output, r.FitOutput) else bind(output)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._outputs:
+            near = errors.closest(name, self._outputs)
+            raise KeyError(
+                f"no output {name!r}; there are {sorted(self._outputs)}"
+                + (f"; closest {near!r}" if near else "")
+            )
+        return self._outputs[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._outputs)
+
+    def __len__(self) -> int:
+        return len(self._outputs)
+
+    def _rows(self) -> list[list[str]]:
+        bits = self.receipt.released_bits
+        return [[name, type(o).__name__, bits_text(bits[name])] for name, o in self._outputs.items()]
+
+    def __repr__(self) -> str:
+        edits = "".join(
+            f"\n  edit {e.id}: {e.op} at {e.site}, {e.rows} rows, mean norm {e.norm_before:.4g} -> {e.norm_after:.4g}"
+            for e in self.receipt.edits
+        )
+        head = f"Results of {self.receipt.model}, {bits_text(self.charge.bits)} released, ledger entry {self.charge.seq}"
+        return text_table(head, ["output", "type", "released"], self._rows()) + edits
+
+    def _repr_html_(self) -> str:
+        return html_table(
+            f"{self.receipt.model}: {bits_text(self.charge.bits)} released, ledger entry {self.charge.seq}",
+            ["output", "type", "released"],
+            self._rows(),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a program would do and cost. Nothing ran and nothing was spent."""
+
+    view: r.PlanView
+
+    @property
+    def bits(self) -> int:
+        """Most bits that may leave."""
+        return self.view.cost.total_bits
+
+    @property
+    def admitted(self) -> bool:
+        """Whether the budget has room for it."""
+        return self.view.admitted
+
+    def _rows(self) -> list[list[str]]:
+        c, b = self.view.cost, self.view.budget
+        left = "counted, not capped" if b.left_bits is None else f"{bits_text(b.left_bits)} left"
+        return [
+            ["prompts", f"{self.view.prompts} ({sum(self.view.lengths)} tokens)"],
+            ["forward", f"{c.tokens} tokens, {c.flops:.2e} FLOPs"],
+            ["rows read", str(c.rows_read)],
+            ["stored", f"{c.bytes_stored} bytes on the server"],
+            *[[f"edit {e.id}", f"{e.op} {e.site} at {e.at}: {e.rows} rows"] for e in self.view.edits],
+            *[
+                [f"output {o.id}", f"{o.op}, leaves as {o.leaves_as}: {bits_text(o.bits)}"]
+                for o in self.view.outputs
+            ],
+            ["overhead", bits_text(c.bits_out["overhead"] + c.bits_out.get("receipts", 0))],
+            [
+                "bits out",
+                f"at most {bits_text(c.total_bits)}; the same rows as bf16: {bits_text(c.download_bits)}",
+            ],
+            ["budget", f"tier {b.tier}: {left}" + ("" if self.view.admitted else "; NOT admitted")],
+        ]
+
+    def __repr__(self) -> str:
+        return text_table(f"Plan on {self.view.model}", ["what", "how much"], self._rows())
+
+    def _repr_html_(self) -> str:
+        return html_table(f"Plan on {self.view.model}", ["what", "how much"], self._rows())

@@ -1,0 +1,265 @@
+"""The sync facade: the same verbs as `trocar.client.aio`, without await. A test holds the two in parity.
+
+Each `Client` runs the async core on an event loop of its own in a background thread, so it works in scripts,
+in notebooks and inside other event loops alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import httpx
+
+from trocar.client import aio
+from trocar.client.handles import Probe, Stored, StoredRows
+from trocar.client.results import Plan, Results, Text
+from trocar.client.trace import Prompts, Recorded, Trace
+from trocar.graph.builder import EditSpec, Position
+from trocar.graph.facts import ModelFacts
+from trocar.wire import requests as q
+from trocar.wire import results as r
+
+T = TypeVar("T")
+
+
+class Portal:
+    """The background event loop of one client, started when first needed; a daemon, so exit never waits."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def call(self, verb: Callable[..., Coroutine[Any, Any, T]], *args: Any, **kwargs: Any) -> T:
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="trocar-client", daemon=True).start()
+        future = asyncio.run_coroutine_threadsafe(verb(*args, **kwargs), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop = None
+
+
+class Job(Generic[T]):
+    """A job on the server; `job.result()` waits."""
+
+    def __init__(self, portal: Portal, job: aio.AsyncJob[Any], wrap: Callable[[Any], T]) -> None:
+        self._portal = portal
+        self._job = job
+        self._wrap = wrap
+
+    @property
+    def id(self) -> str:
+        return self._job.id
+
+    @property
+    def state(self) -> r.JobState:
+        """State at the last look; `refresh` looks again."""
+        return self._job.state
+
+    def refresh(self) -> r.JobState:
+        return self._portal.call(self._job.refresh)
+
+    def result(self) -> T:
+        """Waits for the result; raises what made the job fail."""
+        return self._wrap(self._portal.call(self._job.result))
+
+    def cancel(self) -> None:
+        """Stops the job before its next batch."""
+        self._portal.call(self._job.cancel)
+
+    def __repr__(self) -> str:
+        return repr(self._job)
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Captured rows that stay on the server. `acts["resid_post.12"]` is a value for edits."""
+
+    client: Client
+    stored: Stored
+
+    @property
+    def handle(self) -> str:
+        return self.stored.handle
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return self.stored.sites
+
+    @property
+    def rows(self) -> int:
+        return self.stored.rows
+
+    def __getitem__(self, site: str) -> StoredRows:
+        return self.stored.at(site)
+
+    def fit(
+        self,
+        kind: q.FitKind,
+        labels: Sequence[Any],
+        *,
+        groups: Sequence[int | str] | None = None,
+        test_fraction: float = 0.25,
+        seed: int = 0,
+        l2: float | None = None,
+    ) -> Probe:
+        """Fits every captured site on the server; only metrics come back. See `AsyncActivations.fit`."""
+        core = aio.AsyncActivations(self.client._core, self.stored)
+        return self.client._portal.call(
+            core.fit, kind, labels, groups=groups, test_fraction=test_fraction, seed=seed, l2=l2
+        )
+
+    def delete(self) -> None:
+        self.client._portal.call(aio.AsyncActivations(self.client._core, self.stored).delete)
+
+    def __repr__(self) -> str:
+        return self.stored.text()
+
+    def _repr_html_(self) -> str:
+        return self.stored.html()
+
+
+class Model:
+    """One served model."""
+
+    def __init__(self, client: Client, core: aio.AsyncModel) -> None:
+        self._client = client
+        self._core = core
+
+    @property
+    def facts(self) -> ModelFacts:
+        return self._core.facts
+
+    @property
+    def name(self) -> str:
+        return self._core.name
+
+    @property
+    def n_layers(self) -> int:
+        return self._core.n_layers
+
+    @property
+    def d_model(self) -> int:
+        return self._core.d_model
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites this model serves, without layers."""
+        return self._core.sites
+
+    def width(self, site: str) -> int:
+        """Width of one row at a site."""
+        return self._core.width(site)
+
+    def trace(self, prompts: Prompts, **generation: Any) -> Trace[Plan, Job[Results[Activations]]]:
+        """Opens a recording; keywords are those of `Generation` (`max_new_tokens`, `temperature`, ...)."""
+        return Trace(self, self.facts, prompts, aio.generation_of(generation))
+
+    def plan(self, recorded: Recorded) -> Plan:
+        return self._client._portal.call(self._core.plan, recorded)
+
+    def run(self, recorded: Recorded) -> Job[Results[Activations]]:
+        return self._client._wrap_job(self._client._portal.call(self._core.run, recorded))
+
+    def capture(
+        self,
+        prompts: Prompts,
+        sites: str | Sequence[str],
+        *,
+        at: Position = -1,
+        edits: Sequence[EditSpec] = (),
+    ) -> Activations:
+        """Runs the prompts and stores rows on the server; nothing is downloaded. See `AsyncModel.capture`."""
+        core = self._client._portal.call(self._core.capture, prompts, sites, at=at, edits=edits)
+        return Activations(self._client, core.stored)
+
+    def generate(
+        self, prompts: Prompts, *, edits: Sequence[EditSpec] = (), max_new_tokens: int = 48, **generation: Any
+    ) -> Text | list[Text]:
+        """Generates after each prompt, with edits on prompt and generated tokens. See `AsyncModel.generate`."""
+        return self._client._portal.call(
+            self._core.generate, prompts, edits=edits, max_new_tokens=max_new_tokens, **generation
+        )
+
+    def tokenize(self, text: str) -> list[tuple[int, str]]:
+        """Token ids with their texts, as the model sees the text."""
+        return self._client._portal.call(self._core.tokenize, text)
+
+    def __repr__(self) -> str:
+        return aio.model_text(self.facts)
+
+
+class Client:
+    """A connection to a Trocar server; see `AsyncClient` for the arguments."""
+
+    def __init__(
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        *,
+        transport: httpx.AsyncBaseTransport | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self._portal = Portal()
+        self._core = aio.AsyncClient(url, api_key, transport=transport, quiet=quiet)
+
+    def models(self) -> tuple[ModelFacts, ...]:
+        """Facts of the served models."""
+        return self._portal.call(self._core.models)
+
+    def model(self, name: str) -> Model:
+        """A served model by name; `unknown_model` names the closest."""
+        return Model(self, self._portal.call(self._core.model, name))
+
+    def capabilities(self) -> r.CapabilitiesView:
+        """Ops, fits, prices and engines of the server."""
+        return self._portal.call(self._core.capabilities)
+
+    def handles(self) -> tuple[r.HandleView, ...]:
+        """The caller's handles."""
+        return self._portal.call(self._core.handles)
+
+    def activations(self, handle: str) -> Activations:
+        """Stored activations by their id, for example after a restart."""
+        return Activations(self, self._portal.call(self._core.activations, handle).stored)
+
+    def ledger(self) -> r.LedgerView:
+        """The calling key's own account."""
+        return self._portal.call(self._core.ledger)
+
+    def engine(self) -> r.EngineView:
+        """Batch counters; operators only."""
+        return self._portal.call(self._core.engine)
+
+    def job(self, job_id: str) -> Job[Results[Activations]]:
+        """A job by its id, for example after a restart of the client."""
+        return self._wrap_job(self._portal.call(self._core.job, job_id))
+
+    def close(self) -> None:
+        self._portal.call(self._core.close)
+        self._portal.stop()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Client {self._core.settings.url}>"
+
+    def _wrap_job(self, job: aio.AsyncJob[Results[aio.AsyncActivations]]) -> Job[Results[Activations]]:
+        return Job(self._portal, job, self._sync_results)
+
+    def _sync_results(self, results: Results[aio.AsyncActivations]) -> Results[Activations]:
+        return results.rebind(lambda output: Activations(self, aio.stored(output)))

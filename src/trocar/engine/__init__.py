@@ -1,0 +1,1 @@
+"""Engines: one protocol, one device-side executor. Accepted programs in, arrays out."""

@@ -1,0 +1,1 @@
+"""The embedded engine: a Hugging Face transformers model, several requests in one forward pass."""

@@ -1,0 +1,30 @@
+"""Next-token choice, per sequence and reproducible: each prompt has its own random stream, whatever the batch."""
+
+from __future__ import annotations
+
+import torch
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+
+from trocar.graph.program import Generation
+
+_STREAMS = 1_000_003
+
+
+class Sampler:
+    """Greedy at temperature 0, else temperature and nucleus sampling (Holtzman et al. 2020)."""
+
+    def __init__(self, generation: Generation, prompt: int) -> None:
+        self._greedy = generation.temperature == 0
+        if self._greedy:
+            return
+        self._temperature = TemperatureLogitsWarper(generation.temperature)
+        self._top_p = TopPLogitsWarper(generation.top_p)
+        self._stream = torch.Generator().manual_seed((generation.seed * _STREAMS + prompt) % 2**63)
+
+    def choose(self, logits_V: torch.Tensor) -> int:
+        """The next token id, given float32 logits [V]."""
+        if self._greedy:
+            return int(logits_V.argmax())
+        scores_1V = self._temperature(None, logits_V.unsqueeze(0))
+        scores_1V = self._top_p(None, scores_1V)
+        return int(torch.multinomial(scores_1V.softmax(-1), 1, generator=self._stream))

@@ -1,0 +1,181 @@
+"""`Released`: the only thing that may cross the network, and the only room that can make one.
+
+What came out of a model is quantised here, counted here and charged here before it exists as bytes. What
+follows from requests and policy alone (`Public` views, refusals) is wrapped here for nothing. Numbers leave
+as floats of `scalar_bits` bits (1 sign, 8 exponent, the rest mantissa), so what is charged is what is sent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from trocar import errors
+from trocar.graph.cost import Cost
+from trocar.strict import Strict
+from trocar.wire import results as r
+
+_SEAL: Final = object()
+_MANTISSA: Final = 23
+_SIGN_AND_EXPONENT: Final = 9
+_LARGEST: Final = 1e38
+
+
+class Released:
+    """Bytes that may leave, with what they cost. Made only by this module.
+
+    Attributes:
+        payload: canonical JSON.
+        status: how the answer ends, as an HTTP status.
+        charge: the ledger's entry, None for public answers.
+    """
+
+    __slots__ = ("charge", "payload", "status")
+
+    def __init__(self, seal: object, payload: bytes, status: int, charge: r.Charge | None) -> None:
+        if seal is not _SEAL:
+            raise TypeError("only trocar.gate.release makes Released values")
+        self.payload: Final = payload
+        self.status: Final = status
+        self.charge: Final = charge
+
+
+def public(view: r.Public, status: int = 200) -> Released:
+    """Wraps an answer that follows from requests and policy alone."""
+    if not isinstance(view, r.Public):
+        raise TypeError(f"{type(view).__name__} is not public")
+    return Released(_SEAL, _encode(view), status, None)
+
+
+def refused(error: errors.TrocarError) -> Released:
+    """Wraps a refusal. Its text is made from the request, never from activations."""
+    body = json.dumps(error.as_json(), ensure_ascii=False, separators=(",", ":"))
+    return Released(_SEAL, body.encode(), error.status, None)
+
+
+def document(schema: Mapping[str, Any]) -> Released:
+    """Wraps the server's own OpenAPI description."""
+    return Released(_SEAL, json.dumps(schema).encode(), 200, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """A result on its way out: quantised, counted, not charged yet."""
+
+    payload: bytes
+    bits: int
+
+
+def prepare(result: r.RunResult, cost: Cost, token_bits: int, scalar_bits: int) -> Priced:
+    """Quantises and counts a result.
+
+    Args:
+        result: outputs with float32 precision; `receipt.released_bits` is filled in here.
+        cost: the static cost that was reserved.
+
+    Raises:
+        RunFailed: `result_not_finite`.
+        ServerFault: `internal` if any output counts more bits than its static price: nothing leaves.
+    """
+    counts = {"overhead": cost.bits_out["overhead"], "receipts": cost.bits_out.get("receipts", 0)}
+    outputs: dict[str, r.Output] = {}
+    for name, output in result.outputs.items():
+        outputs[name] = quantise(output, scalar_bits)
+        counts[name] = measure(output, token_bits, scalar_bits, cost.bits_out[name])
+        if counts[name] > cost.bits_out[name]:
+            raise errors.refuse("internal", name, "an output is larger than its price")
+    receipt = result.receipt.model_copy(
+        update={
+            "released_bits": counts,
+            "edits": tuple(_receipt(e, scalar_bits) for e in result.receipt.edits),
+        }
+    )
+    final = result.model_copy(update={"outputs": outputs, "receipt": receipt})
+    return Priced(_encode(final), sum(counts.values()))
+
+
+def seal(priced: Priced, settle: Callable[[int, bytes], r.Charge]) -> Released:
+    """Charges, then makes the bytes releasable; if the charge fails, nothing leaves."""
+    return Released(_SEAL, priced.payload, 200, settle(priced.bits, priced.payload))
+
+
+def replay(payload: bytes, charge: r.Charge) -> Released:
+    """The same bytes again, to the same key under the same idempotency key, for 0 bits."""
+    return Released(_SEAL, payload, 200, charge)
+
+
+def measure(output: r.Output, token_bits: int, scalar_bits: int, static_bits: int) -> int:
+    """Bits of one output as sent. Captures cost their static price: only row counts leave."""
+    if isinstance(output, r.LensOutput):
+        return sum(len(k) for rows in output.ids for k in rows) * (token_bits + scalar_bits)
+    if isinstance(output, r.LogprobsOutput):
+        return sum(len(row) for row in output.logprobs) * scalar_bits
+    if isinstance(output, r.ScoreOutput):
+        return len(output.scores) * scalar_bits
+    if isinstance(output, r.TextOutput):
+        return sum(len(row) + 1 for row in output.ids) * token_bits
+    if isinstance(output, r.FitOutput):
+        return sum(len(s.metrics) for s in output.sites) * scalar_bits
+    return static_bits
+
+
+def quantise(output: r.Output, scalar_bits: int) -> r.Output:
+    """The output with every number rounded to `scalar_bits`."""
+    if isinstance(output, r.LensOutput):
+        rounded = tuple(tuple(_round_row(row, scalar_bits) for row in rows) for rows in output.logprobs)
+        return output.model_copy(update={"logprobs": rounded})
+    if isinstance(output, r.LogprobsOutput):
+        return output.model_copy(
+            update={"logprobs": tuple(_round_row(row, scalar_bits) for row in output.logprobs)}
+        )
+    if isinstance(output, r.ScoreOutput):
+        return output.model_copy(update={"scores": _round_row(output.scores, scalar_bits)})
+    if isinstance(output, r.FitOutput):
+        return output.model_copy(update={"sites": tuple(_metrics(s, scalar_bits) for s in output.sites)})
+    return output
+
+
+def _metrics(site: r.SiteMetrics, scalar_bits: int) -> r.SiteMetrics:
+    values = _round_row(tuple(site.metrics.values()), scalar_bits)
+    return site.model_copy(update={"metrics": dict(zip(site.metrics, values, strict=True))})
+
+
+def _receipt(edit: r.EditReceipt, scalar_bits: int) -> r.EditReceipt:
+    before, after = _round_row((edit.norm_before, edit.norm_after), scalar_bits)
+    return edit.model_copy(update={"norm_before": before, "norm_after": after})
+
+
+def _round_row(row: tuple[float, ...], scalar_bits: int) -> tuple[float, ...]:
+    rounded = round_to_bits(np.asarray(row, dtype=np.float32), scalar_bits)
+    # The shortest decimal that names the float32: the text is a function of the charged bits alone.
+    return tuple(float(str(x)) for x in rounded)
+
+
+def round_to_bits(values: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float32]:
+    """Rounds float32 to the nearest float of `bits` bits (8 exponent bits), ties to even.
+
+    Args:
+        values: float32, any shape.
+        bits: 10 to 32.
+
+    Raises:
+        RunFailed: `result_not_finite`.
+    """
+    if not (np.abs(values) < _LARGEST).all():  # also true for NaN
+        raise errors.refuse("result_not_finite", "", "a result is NaN or infinite")
+    drop = _MANTISSA - (bits - _SIGN_AND_EXPONENT)
+    if drop <= 0:
+        return values
+    raw = values.view(np.uint32)
+    half = np.uint32((1 << (drop - 1)) - 1) + ((raw >> np.uint32(drop)) & np.uint32(1))
+    kept = (raw + half) & np.uint32(0xFFFFFFFF << drop & 0xFFFFFFFF)
+    return kept.view(np.float32)
+
+
+def _encode(model: Strict) -> bytes:
+    return model.model_dump_json().encode()

@@ -1,0 +1,114 @@
+"""The gate's tables: six kinds of row, no behaviour.
+
+`log` is the truth; the other tables are what it adds up to, kept so that a budget can be checked in one
+look-up. The CHECK constraints repeat what the code enforces: a second line, held by the database itself.
+Nothing here is specific to SQLite.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+)
+
+SCHEMA: Final = 1
+METADATA: Final = MetaData()
+_Whole: Final = BigInteger().with_variant(Integer, "sqlite")  # makes `seq` SQLite's row id
+
+KEYS: Final = Table(
+    "keys",
+    METADATA,
+    Column("key_id", String(16), primary_key=True),
+    Column("tenant", String(64), nullable=False),
+    Column("tier", String(16), nullable=False),
+    Column("role", String(16), nullable=False),
+    Column("note", String(200), nullable=False),
+    Column("secret_sha256", String(64), nullable=False),
+    Column("created_ms", _Whole, nullable=False),
+    Column("revoked_ms", _Whole),
+)
+
+LINEAGES: Final = Table(
+    "lineages",
+    METADATA,
+    Column("name", String(200), primary_key=True),
+    Column("secret_bits", _Whole, nullable=False),
+    Column("cap", String(16), nullable=False),
+)
+
+ACCOUNTS: Final = Table(
+    "accounts",
+    METADATA,
+    Column("owner", String(16), primary_key=True),
+    Column("lineage", String(200), ForeignKey("lineages.name"), primary_key=True),
+    Column("limit_bits", _Whole),
+    Column("charged_bits", _Whole, nullable=False),
+    Column("held_bits", _Whole, nullable=False),
+    CheckConstraint("charged_bits >= 0 AND held_bits >= 0", name="not_negative"),
+    CheckConstraint("limit_bits IS NULL OR charged_bits + held_bits <= limit_bits", name="within_limit"),
+)
+
+RESERVATIONS: Final = Table(
+    "reservations",
+    METADATA,
+    Column("id", String(32), primary_key=True),
+    Column("instance", String(32), nullable=False),
+    Column("key_id", String(16), ForeignKey("keys.key_id"), nullable=False),
+    Column("lineage", String(200), ForeignKey("lineages.name"), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("reserved_bits", _Whole, nullable=False),
+    Column("spent_bits", _Whole, nullable=False),
+    Column("idempotency_key", String(200)),
+    Column("request_digest", String(64), nullable=False),
+    Column("payload_digest", String(64), nullable=False),
+    UniqueConstraint("key_id", "idempotency_key"),
+    CheckConstraint("spent_bits >= 0 AND spent_bits <= reserved_bits", name="within_reservation"),
+    Index("by_state", "state"),
+)
+
+PAYLOADS: Final = Table(
+    "payloads",
+    METADATA,
+    Column("reservation", String(32), ForeignKey("reservations.id"), primary_key=True),
+    Column("payload", LargeBinary, nullable=False),
+)
+
+LOG: Final = Table(
+    "log",
+    METADATA,
+    Column("seq", _Whole, primary_key=True, autoincrement=False),
+    Column("time_ms", _Whole, nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("key_id", String(16), nullable=False),
+    Column("lineage", String(200), nullable=False),
+    Column("reservation", String(32), nullable=False),
+    Column("held_bits", _Whole, nullable=False),
+    Column("charged_bits", _Whole, nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("detail", String, nullable=False),
+    Column("previous", String(64), nullable=False),
+    Column("hash", String(64), nullable=False),
+    Index("by_reservation", "reservation"),
+)
+
+HEAD: Final = Table(
+    "head",
+    METADATA,
+    Column("id", _Whole, primary_key=True, autoincrement=False),
+    Column("schema", _Whole, nullable=False),
+    Column("seq", _Whole, nullable=False),
+    Column("hash", String(64), nullable=False),
+    CheckConstraint("id = 1", name="one_row"),
+)

@@ -1,0 +1,1 @@
+"""Use cases: the only place where engine, store, analysis and gate meet."""

@@ -1,0 +1,186 @@
+"""Jobs: work that outlives the request that started it. States, progress, waiting; results in memory.
+
+A job belongs to one tenant; anybody else's question gets the answer for a job that does not exist. Work runs
+on two small pools, one for runs (which wait for the engine) and one for fits, so neither starves the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final, Literal, NewType
+
+from trocar import errors
+from trocar.gate.release import Released
+from trocar.wire import results as r
+
+log = logging.getLogger(__name__)
+JobId = NewType("JobId", str)
+Kind = Literal["run", "fit"]
+KEEP_S: Final = 3600.0
+MAX_UNFINISHED_PER_TENANT: Final = 64
+WORKERS: Final[dict[Kind, int]] = {"run": 32, "fit": 1}
+
+
+@dataclass(slots=True)
+class Job:
+    """One job; fields change under the table's lock."""
+
+    id: JobId
+    tenant: str
+    kind: Kind
+    total: int
+    started_s: float
+    state: r.JobState = "QUEUED"
+    done: int = 0
+    ended_s: float | None = None
+    released: Released | None = None
+    error: errors.TrocarError | None = None
+    stop: Callable[[], None] | None = field(default=None, repr=False)
+
+
+Work = Callable[[Job], Released]
+
+
+class Jobs:
+    """The table of jobs of one server."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[JobId, Job] = {}
+        self._changed = threading.Condition()
+        self._pools = {
+            kind: ThreadPoolExecutor(n, thread_name_prefix=f"trocar-{kind}") for kind, n in WORKERS.items()
+        }
+
+    def start(self, tenant: str, kind: Kind, total: int, work: Work) -> r.JobView:
+        """Queues work.
+
+        Raises:
+            Overloaded: `queue_full` when the tenant has too many unfinished jobs.
+        """
+        job = Job(JobId(f"job_{secrets.token_hex(16)}"), tenant, kind, total, time.monotonic())
+        with self._changed:
+            self._forget_old()
+            unfinished = sum(1 for j in self._jobs.values() if j.tenant == tenant and j.state not in r.FINAL)
+            if unfinished >= MAX_UNFINISHED_PER_TENANT:
+                raise errors.refuse("queue_full", "", f"{unfinished} of your jobs are unfinished")
+            self._jobs[job.id] = job
+        self._pools[kind].submit(self._run, job, work)
+        return self.view(tenant, job.id)
+
+    def finished(self, tenant: str, kind: Kind, total: int, released: Released) -> r.JobView:
+        """Enters a job whose answer exists already: a replay."""
+        job = Job(
+            JobId(f"job_{secrets.token_hex(16)}"), tenant, kind, total, time.monotonic(), "COMPLETED", total
+        )
+        job.released, job.ended_s = released, time.monotonic()
+        with self._changed:
+            self._jobs[job.id] = job
+        return self.view(tenant, job.id)
+
+    def view(self, tenant: str, job_id: str) -> r.JobView:
+        """State of a job.
+
+        Raises:
+            NotFound: `job_not_found`, the same for absent, expired and foreign.
+        """
+        with self._changed:
+            return self._view(self._find(tenant, job_id))
+
+    def wait(self, tenant: str, job_id: str, timeout_s: float) -> Released | r.JobView:
+        """The result if the job completes in time, else its state; raises what made it fail."""
+        with self._changed:
+            job = self._find(tenant, job_id)
+            self._changed.wait_for(lambda: job.state in r.FINAL, timeout_s)
+            if job.error is not None:
+                raise job.error
+            return job.released if job.released is not None else self._view(job)
+
+    def cancel(self, tenant: str, job_id: str) -> r.JobView:
+        """Asks a job to stop."""
+        with self._changed:
+            job = self._find(tenant, job_id)
+        if job.stop is not None:
+            job.stop()
+        return self.view(tenant, job_id)
+
+    def progress(self, job: Job, done: int) -> None:
+        with self._changed:
+            job.done = done
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.shutdown(cancel_futures=True)
+
+    def check(self) -> list[str]:
+        """Broken invariants, for idle loops and `trocar doctor`."""
+        with self._changed:
+            return [f"{j.id} is {j.state} without result or error" for j in self._jobs.values() if _broken(j)]
+
+    def _run(self, job: Job, work: Work) -> None:
+        self._move(job, "RUNNING")
+        try:
+            released = work(job)
+        except errors.TrocarError as e:
+            self._end(job, "CANCELLED" if e.code == "cancelled" else "FAILED", error=e)
+        except Exception:  # noqa: BLE001 - the last line: a fault of ours must end the job, and says nothing
+            log.exception("job %s failed", job.id)
+            self._end(job, "FAILED", error=errors.refuse("internal", "", "the job could not be run"))
+        else:
+            self._end(job, "COMPLETED", released=released)
+
+    def _move(self, job: Job, state: r.JobState) -> None:
+        with self._changed:
+            job.state = state
+            self._changed.notify_all()
+
+    def _end(
+        self,
+        job: Job,
+        state: r.JobState,
+        *,
+        released: Released | None = None,
+        error: errors.TrocarError | None = None,
+    ) -> None:
+        with self._changed:
+            job.state, job.released, job.error, job.ended_s = state, released, error, time.monotonic()
+            job.stop = None
+            self._changed.notify_all()
+
+    def _find(self, tenant: str, job_id: str) -> Job:
+        job = self._jobs.get(JobId(job_id))
+        if job is None or job.tenant != tenant:
+            raise errors.refuse("job_not_found", "job", f"there is no job {job_id[:80]!r}")
+        return job
+
+    def _view(self, job: Job) -> r.JobView:
+        ahead = sum(
+            1
+            for j in self._jobs.values()
+            if j.kind == job.kind and j.state == "QUEUED" and j.started_s < job.started_s
+        )
+        return r.JobView(
+            job=job.id,
+            kind=job.kind,
+            state=job.state,
+            done=job.done,
+            total=job.total,
+            ahead=ahead if job.state == "QUEUED" else 0,
+            elapsed_s=round((job.ended_s or time.monotonic()) - job.started_s, 1),
+            refusals=tuple(r.RefusalView(**x.as_json()) for x in job.error.refusals) if job.error else (),
+        )
+
+    def _forget_old(self) -> None:
+        now = time.monotonic()
+        for job in [j for j in self._jobs.values() if j.ended_s is not None and now - j.ended_s > KEEP_S]:
+            del self._jobs[job.id]
+
+
+def _broken(job: Job) -> bool:
+    return job.state in r.FINAL and job.released is None and job.error is None

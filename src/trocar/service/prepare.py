@@ -1,0 +1,163 @@
+"""From a request to something an engine can run: tokens, handles, the check. Nothing is spent here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from trocar import errors
+from trocar.engine.protocol import F32, Engine
+from trocar.graph import check, ops
+from trocar.graph.cost import Prices
+from trocar.graph.facts import HandleFacts, ModelFacts
+from trocar.graph.program import Program, canonical
+from trocar.graph.rules import Scope
+from trocar.models.load import Loaded
+from trocar.store import Store
+from trocar.wire.requests import Chat, RunRequest
+
+Vectors = Mapping[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A loaded model with its engine."""
+
+    loaded: Loaded
+    engine: Engine
+
+    @property
+    def facts(self) -> ModelFacts:
+        return self.loaded.facts
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A checked request with its tokens and a digest of everything that determines its result."""
+
+    request: RunRequest
+    checked: check.Checked
+    tokens: tuple[tuple[int, ...], ...]
+    vectors: Vectors
+    digest: str
+
+
+def prepare(
+    request: RunRequest, vectors: Vectors, served: Served, store: Store, owner: str, prices: Prices
+) -> Prepared:
+    """Tokenises, looks handles up and checks.
+
+    Raises:
+        ProgramError: everything the checker finds.
+    """
+    tokens = tuple(_tokens(p, i, served) for i, p in enumerate(request.prompts))
+    scope = Scope(
+        model=served.facts,
+        lengths=tuple(len(t) for t in tokens),
+        generation=request.generation,
+        tensors={name: int(v.shape[0]) for name, v in vectors.items()},
+        handles=_handles(request.program, store, owner),
+        encode=served.loaded.tokenize,
+    )
+    checked = check.check(request.program, scope, prices)
+    return Prepared(request, checked, tokens, vectors, _digest(request, vectors))
+
+
+def _tokens(prompt: str | tuple[int, ...] | Chat, index: int, served: Served) -> tuple[int, ...]:
+    path = f"prompts[{index}]"
+    if isinstance(prompt, str):
+        return tuple(served.loaded.encode_prompt(prompt, path=path))
+    if isinstance(prompt, Chat):
+        return tuple(served.loaded.chat([m.model_dump() for m in prompt.messages], path=f"{path}.messages"))
+    outside = next((t for t in prompt if t >= served.facts.vocab_size), None)
+    if outside is not None:
+        raise errors.refuse("unknown_token", path, f"token id {outside} is outside the vocabulary")
+    return prompt
+
+
+def _digest(request: RunRequest, vectors: Vectors) -> str:
+    digest = hashlib.sha256(canonical(request))
+    for name in sorted(vectors):
+        digest.update(name.encode() + vectors[name].tobytes())
+    return digest.hexdigest()
+
+
+def named_handles(program: Program) -> tuple[str, ...]:
+    """Every handle that a program names."""
+    found = [n.handle for n in program.nodes if isinstance(n, ops.Vector | ops.Stored)]
+    found += [n.probe for n in program.nodes if isinstance(n, ops.Score) and n.probe is not None]
+    return tuple(dict.fromkeys(found))
+
+
+def _handles(program: Program, store: Store, owner: str) -> dict[str, HandleFacts]:
+    """Facts of the handles that exist and belong to the owner; the checker refuses the others."""
+    found = {}
+    for handle in named_handles(program):
+        try:
+            found[handle] = handle_facts(handle, store, owner)
+        except errors.NotFound:
+            continue
+    return found
+
+
+def handle_facts(handle: str, store: Store, owner: str) -> HandleFacts:
+    """What the checker may know of a handle.
+
+    Raises:
+        NotFound: `handle_not_found`.
+    """
+    if handle.startswith("act_"):
+        reader = store.open(owner, handle)
+        return HandleFacts(
+            handle=handle,
+            kind="activations",
+            fingerprint=reader.info.fingerprint,
+            widths=dict(reader.info.widths),
+            rows_per_prompt=reader.rows_per_prompt(),
+        )
+    artifact = store.open_artifact(owner, handle)
+    return HandleFacts(
+        handle=handle,
+        kind="artifact",
+        fingerprint=artifact.info.fingerprint,
+        widths={site: int(a["direction"].shape[0]) for site, a in artifact.arrays.items()},
+        has_probe=all("weights" in a for a in artifact.arrays.values()),
+    )
+
+
+def vector_values(prepared: Prepared, store: Store, owner: str) -> dict[str, F32]:
+    """Float32 [width] of every `tensor` and `vector` node."""
+    out: dict[str, F32] = {}
+    for node in prepared.checked.program.nodes:
+        if isinstance(node, ops.Tensor):
+            out[node.id] = prepared.vectors[node.name]
+        elif isinstance(node, ops.Vector):
+            out[node.id] = (
+                store.open_artifact(owner, node.handle).arrays[node.site][node.part].astype(np.float32)
+            )
+    return out
+
+
+def stored_values(prepared: Prepared, store: Store, owner: str) -> dict[str, tuple[F32, ...]]:
+    """Float32 [rows, width] per prompt of every `stored` node."""
+    out: dict[str, tuple[F32, ...]] = {}
+    for node in prepared.checked.program.nodes:
+        if isinstance(node, ops.Stored):
+            reader = store.open(owner, node.handle)
+            bounds = np.cumsum(reader.rows_per_prompt())[:-1]
+            out[node.id] = tuple(np.array(part) for part in np.split(reader.read(node.site), bounds))
+    return out
+
+
+def probe_values(prepared: Prepared, store: Store, owner: str) -> dict[str, tuple[F32, float]]:
+    """(weights [width], bias) of every `score` node that names a probe."""
+    out: dict[str, tuple[F32, float]] = {}
+    for node in prepared.checked.program.nodes:
+        if isinstance(node, ops.Score) and node.probe is not None and node.site is not None:
+            arrays = store.open_artifact(owner, node.probe).arrays[node.site]
+            out[node.id] = (arrays["weights"].astype(np.float32), float(arrays["bias"][0]))
+    return out

@@ -1,0 +1,272 @@
+"""`Service`: every use case of a server, one method each. The API calls nothing else.
+
+Each method takes the calling principal first and returns `Released`, so an answer that did not pass the gate
+cannot be written. Order in every run: prepare (pure), reserve, run, store, release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Final, get_args
+
+from trocar import __version__, errors
+from trocar.gate import release
+from trocar.gate.gate import Gate
+from trocar.gate.keys import Principal
+from trocar.gate.release import Released
+from trocar.graph.facts import ModelFacts
+from trocar.graph.spec import EDITS, SPEC
+from trocar.service.fits import Fit, fit_cost, fit_digest
+from trocar.service.jobs import Jobs
+from trocar.service.prepare import Prepared, Served, Vectors, prepare
+from trocar.service.runs import Run
+from trocar.store import ArtifactInfo, HandleInfo, Store
+from trocar.wire import requests as q
+from trocar.wire import results as r
+
+MAX_WAIT_S: Final = 30.0
+
+
+class Service:
+    """The use cases of one server.
+
+    Args:
+        models: served models by name.
+        store: activations and artifacts.
+        gate: keys, ledger, release.
+    """
+
+    def __init__(self, models: Sequence[Served], store: Store, gate: Gate) -> None:
+        self.gate = gate
+        self._models: Mapping[str, Served] = {m.facts.name: m for m in models}
+        self._store = store
+        self._jobs = Jobs()
+        for served in models:
+            gate.declare(served.facts)
+
+    # ---- public facts ----
+
+    def health(self) -> Released:
+        return release.public(r.HealthView(status="ok", version=__version__))
+
+    def models(self) -> Released:
+        return release.public(r.ModelsView(models=tuple(m.facts for m in self._models.values())))
+
+    def capabilities(self) -> Released:
+        ops = tuple(
+            r.OpView(
+                op=row.op,
+                group=row.group,
+                doc=row.doc,
+                gives=row.gives,
+                leaves_as=row.declassifier,
+                fields=tuple(n for n in row.node.model_fields if n not in ("op", "id")),
+            )
+            for row in SPEC.values()
+        )
+        return release.public(
+            r.CapabilitiesView(
+                version=__version__,
+                isolation="process",
+                engines={name: m.engine.name for name, m in self._models.items()},
+                ops=ops,
+                fits=get_args(q.FitKind),
+                scalar_bits=self.gate.policy.scalar_bits,
+                overhead_bits=self.gate.policy.overhead_bits,
+            )
+        )
+
+    def tokenize(self, _principal: Principal, request: q.TokenizeRequest) -> Released:
+        served = self._served(request.model)
+        ids = tuple(
+            tuple(served.loaded.encode_prompt(t, path=f"texts[{i}]")) for i, t in enumerate(request.texts)
+        )
+        texts = tuple(tuple(served.loaded.token_texts(list(row))) for row in ids)
+        return release.public(r.TokensView(ids=ids, texts=texts))
+
+    # ---- programs ----
+
+    def plan(self, principal: Principal, request: q.RunRequest, vectors: Vectors) -> Released:
+        """What the program would do and cost; nothing runs, nothing is spent."""
+        served = self._served(request.model)
+        prepared = self._prepare(principal, request, vectors, served)
+        budget = self.gate.budget(principal, served.facts)
+        return release.public(_plan(prepared, budget))
+
+    def run(
+        self, principal: Principal, request: q.RunRequest, vectors: Vectors, idempotency_key: str | None
+    ) -> Released:
+        """Admits a program and starts its job."""
+        served = self._served(request.model)
+        prepared = self._prepare(principal, request, vectors, served)
+        total = len(prepared.tokens)
+        hold = self.gate.reserve(
+            principal, served.facts, prepared.checked.cost, prepared.digest, idempotency_key
+        )
+        if isinstance(hold, Released):
+            return release.public(self._jobs.finished(principal.tenant, "run", total, hold))
+        run = Run(prepared, served, self._store, self.gate, self._jobs, principal.tenant, hold)
+        try:
+            view = self._jobs.start(principal.tenant, "run", total, run.work)
+        except errors.TrocarError:
+            self.gate.cancel(hold)
+            raise
+        return release.public(view, 202)
+
+    def fit(self, principal: Principal, request: q.FitRequest, idempotency_key: str | None) -> Released:
+        """Admits a fit on stored rows and starts its job."""
+        reader = self._store.open(principal.tenant, request.handle)
+        served = self._served(reader.info.model)
+        cost = fit_cost(reader, request, self.gate.prices)
+        hold = self.gate.reserve(principal, served.facts, cost, fit_digest(request), idempotency_key)
+        total = len(reader.info.widths)
+        if isinstance(hold, Released):
+            return release.public(self._jobs.finished(principal.tenant, "fit", total, hold))
+        fit = Fit(request, reader, served, self._store, self.gate, self._jobs, principal.tenant, hold)
+        try:
+            view = self._jobs.start(principal.tenant, "fit", total, fit.work)
+        except errors.TrocarError:
+            self.gate.cancel(hold)
+            raise
+        return release.public(view, 202)
+
+    # ---- jobs and handles ----
+
+    def job(self, principal: Principal, job_id: str) -> Released:
+        return release.public(self._jobs.view(principal.tenant, job_id))
+
+    def job_result(self, principal: Principal, job_id: str, wait_s: float) -> Released:
+        """The released bytes, or the job's state with status 202 while it runs."""
+        found = self._jobs.wait(principal.tenant, job_id, min(max(wait_s, 0.0), MAX_WAIT_S))
+        return found if isinstance(found, Released) else release.public(found, 202)
+
+    def cancel(self, principal: Principal, job_id: str) -> Released:
+        return release.public(self._jobs.cancel(principal.tenant, job_id))
+
+    def handles(self, principal: Principal) -> Released:
+        """The caller's activations and artifacts."""
+        found = [_activations(i) for i in self._store.list(principal.tenant)]
+        found += [_artifact(i) for i in self._store.list_artifacts(principal.tenant)]
+        return release.public(
+            r.HandlesView(handles=tuple(found), stored_bytes=self._store.usage(principal.tenant))
+        )
+
+    def handle(self, principal: Principal, handle: str) -> Released:
+        if handle.startswith("art_"):
+            return release.public(_artifact(self._store.open_artifact(principal.tenant, handle).info))
+        return release.public(_activations(self._store.open(principal.tenant, handle).info))
+
+    def erase(self, principal: Principal, handle: str) -> Released:
+        self._store.delete(principal.tenant, handle)
+        return release.public(r.ErasedView(handle=handle, erased=True))
+
+    def account(self, principal: Principal) -> Released:
+        """The caller's own budgets and ledger entries."""
+        return release.public(self.gate.account(principal, {n: m.facts for n, m in self._models.items()}))
+
+    # ---- operators ----
+
+    def engine(self, principal: Principal) -> Released:
+        """Batch counters over all models."""
+        self.gate.require_operator(principal)
+        stats = [m.engine.stats() for m in self._models.values()]
+        return release.public(
+            r.EngineView(
+                forwards=sum(s.forwards for s in stats),
+                sequences=sum(s.sequences for s in stats),
+                tokens=sum(s.tokens for s in stats),
+                most_requests_in_a_forward=max((s.most_requests for s in stats), default=0),
+                live_requests=sum(s.live_requests for s in stats),
+            )
+        )
+
+    def check(self) -> list[str]:
+        """Broken invariants of every room; empty when all is well."""
+        engines = [problem for m in self._models.values() for problem in m.engine.check()]
+        return engines + self._jobs.check() + self._store.check() + self.gate.ledger.check()
+
+    def close(self) -> None:
+        """Stops engines and jobs, then closes store and ledger."""
+        for served in self._models.values():
+            served.engine.close()
+        self._jobs.close()
+        self._store.close()
+        self.gate.close()
+
+    def _served(self, name: str) -> Served:
+        if name not in self._models:
+            near = errors.closest(name, self._models)
+            raise errors.refuse(
+                "unknown_model", "model", f"this server does not serve {name!r}", closest=near
+            )
+        return self._models[name]
+
+    def _prepare(
+        self, principal: Principal, request: q.RunRequest, vectors: Vectors, served: Served
+    ) -> Prepared:
+        return prepare(request, vectors, served, self._store, principal.tenant, self.gate.prices)
+
+    @property
+    def facts(self) -> Mapping[str, ModelFacts]:
+        """Facts of the served models by name."""
+        return {name: m.facts for name, m in self._models.items()}
+
+
+def _plan(prepared: Prepared, budget: r.BudgetView) -> r.PlanView:
+    checked = prepared.checked
+    cost = checked.cost
+    outputs = tuple(
+        r.OutputPlan(id=n.id, op=n.op, leaves_as=SPEC[n.op].declassifier, bits=cost.bits_out[n.id])
+        for n in checked.outputs()
+    )
+    edits = tuple(
+        r.EditPlan(id=n.id, op=n.op, site=n.site, at=n.at, rows=checked.selections[n.at].most_rows)
+        for n in checked.edits()
+        if n.op in EDITS
+    )
+    return r.PlanView(
+        model=prepared.request.model,
+        prompts=len(prepared.tokens),
+        lengths=checked.lengths,
+        program_digest=checked.program.digest(),
+        cost=cost,
+        outputs=outputs,
+        edits=edits,
+        budget=budget,
+        admitted=budget.left_bits is None or cost.total_bits <= budget.left_bits,
+    )
+
+
+def _activations(info: HandleInfo) -> r.HandleView:
+    return r.HandleView(
+        handle=info.id,
+        kind="activations",
+        model=info.model,
+        fingerprint=info.fingerprint,
+        sites=tuple(info.widths),
+        widths=dict(info.widths),
+        rows=info.n_rows,
+        bytes=info.size_bytes,
+        dtype=info.dtype,
+        created=_when(info.created_s),
+    )
+
+
+def _artifact(info: ArtifactInfo) -> r.HandleView:
+    return r.HandleView(
+        handle=info.id,
+        kind="artifact",
+        model=str(info.info["model"]),
+        fingerprint=info.fingerprint,
+        sites=tuple(info.shapes),
+        widths={site: shapes["direction"][0] for site, shapes in info.shapes.items()},
+        rows=1,
+        bytes=info.size_bytes,
+        dtype="float32",
+        created=_when(info.created_s),
+    )
+
+
+def _when(created_s: float) -> str:
+    return datetime.fromtimestamp(created_s, tz=UTC).isoformat(timespec="seconds")

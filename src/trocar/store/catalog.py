@@ -1,0 +1,236 @@
+"""The catalog: which entries (handles, artifacts) exist, whose they are, and which files belong to them.
+
+SQLite in WAL mode with full synchronisation. A file that is not in `files` does not exist for anybody, so the
+one transaction that lists a shard's files is the moment at which the shard appears. Writing transactions take
+the lock at their start (BEGIN IMMEDIATE), so what they read is what they change. This module never opens a
+data file and knows nothing of what the files hold.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.exc import OperationalError
+
+from trocar import errors
+
+State = Literal["open", "complete", "failed"]
+ACTIVATIONS: Final = "activations"
+_FORMAT: Final = 1
+_BUSY_MS: Final = 30_000
+_META: Final = sa.MetaData()
+_ENTRIES: Final = sa.Table(
+    "entries",
+    _META,
+    sa.Column("id", sa.String, primary_key=True),
+    sa.Column("owner", sa.String, nullable=False, index=True),
+    sa.Column("kind", sa.String, nullable=False),
+    sa.Column("model", sa.String, nullable=False),
+    sa.Column("fingerprint", sa.String, nullable=False),
+    sa.Column("program_hash", sa.String, nullable=False),
+    sa.Column("layout", sa.Text, nullable=False),
+    sa.Column("info", sa.Text, nullable=False),
+    sa.Column("state", sa.String, nullable=False),
+    sa.Column("created_s", sa.Float, nullable=False),
+    sa.Column("expires_s", sa.Float, index=True),
+)
+_FILES: Final = sa.Table(
+    "files",
+    _META,
+    sa.Column("path", sa.String, primary_key=True),
+    sa.Column("entry", sa.ForeignKey("entries.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("shard", sa.Integer, nullable=False),
+    sa.Column("site", sa.String, nullable=False),
+    sa.Column("n_rows", sa.Integer, nullable=False),
+    sa.Column("size_bytes", sa.Integer, nullable=False),
+    sa.Column("sha256", sa.String, nullable=False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One handle or artifact.
+
+    Attributes:
+        kind: `ACTIVATIONS`, or the kind of the artifact.
+        layout: JSON; widths by site for activations, shapes by site and name for artifacts.
+        info: JSON; what the maker of an artifact wants to remember.
+        created_s, expires_s: Unix time in seconds; expires_s is None for an entry that stays.
+    """
+
+    id: str
+    owner: str
+    kind: str
+    fingerprint: str
+    layout: str
+    created_s: float
+    expires_s: float | None
+    model: str = ""
+    program_hash: str = ""
+    info: str = "null"
+    state: State = "open"
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One immutable file; `site` is empty for a sidecar, `path` is relative to the data folder."""
+
+    path: str
+    entry: str
+    shard: int
+    site: str
+    n_rows: int
+    size_bytes: int
+    sha256: str
+
+
+class Catalog:
+    """Owns the database file `path`; safe to use from several threads and processes."""
+
+    def __init__(self, path: Path) -> None:
+        self._engine = sa.create_engine(f"sqlite:///{path}")
+        sa.event.listen(self._engine, "connect", _configure)
+        sa.event.listen(self._engine, "begin", _begin)
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self._prepare()
+            undo.pop_all()
+
+    def _prepare(self) -> None:
+        """Makes the tables of a new store; refuses one that another version of this module has made."""
+        with self.write() as c:
+            found = c.exec_driver_sql("PRAGMA user_version").scalar_one()
+            if found not in (0, _FORMAT):
+                raise errors.refuse("store_damaged", "", f"the store has format {found}, not {_FORMAT}")
+            _META.create_all(c)
+            c.exec_driver_sql(f"PRAGMA user_version = {_FORMAT}")
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """One writing transaction, committed at the end or rolled back whole."""
+        try:
+            with self._engine.connect().execution_options(writing=True) as c, c.begin():
+                yield c
+        except OperationalError as e:
+            if isinstance(e.orig, sqlite3.Error) and e.orig.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                raise errors.refuse("disk_full", "", "the disk that holds the catalog is full") from e
+            raise
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """One reading transaction: everything read in it belongs to the same moment."""
+        with self._engine.connect() as c:
+            yield c
+
+
+def add_entry(c: sa.Connection, entry: Entry) -> None:
+    c.execute(sa.insert(_ENTRIES).values(asdict(entry)))
+
+
+def add_files(c: sa.Connection, files: Sequence[File]) -> None:
+    c.execute(sa.insert(_FILES), [asdict(f) for f in files])
+
+
+def find(c: sa.Connection, entry_id: str) -> Entry | None:
+    row = c.execute(sa.select(_ENTRIES).where(_ENTRIES.c.id == entry_id)).one_or_none()
+    return None if row is None else _entry(row)
+
+
+def find_owned(c: sa.Connection, owner: str, entry_id: str, now_s: float) -> Entry | None:
+    """The entry if it is there, is the owner's and has not expired."""
+    where = (_ENTRIES.c.id == entry_id, _ENTRIES.c.owner == owner, _alive(now_s))
+    row = c.execute(sa.select(_ENTRIES).where(*where)).one_or_none()
+    return None if row is None else _entry(row)
+
+
+def entries(c: sa.Connection) -> list[Entry]:
+    return [_entry(row) for row in c.execute(sa.select(_ENTRIES))]
+
+
+def owned(c: sa.Connection, owner: str, now_s: float) -> list[Entry]:
+    """The owner's entries that have not expired, oldest first."""
+    query = sa.select(_ENTRIES).where(_ENTRIES.c.owner == owner, _alive(now_s))
+    return [_entry(row) for row in c.execute(query.order_by(_ENTRIES.c.created_s, _ENTRIES.c.id))]
+
+
+def expired(c: sa.Connection, now_s: float) -> list[str]:
+    return list(c.execute(sa.select(_ENTRIES.c.id).where(_ENTRIES.c.expires_s <= now_s)).scalars())
+
+
+def files(c: sa.Connection, entry_id: str | None = None) -> list[File]:
+    """Files of one entry, or of all, by entry, shard and site."""
+    query = sa.select(_FILES).order_by(_FILES.c.entry, _FILES.c.shard, _FILES.c.site)
+    if entry_id is not None:
+        query = query.where(_FILES.c.entry == entry_id)
+    return [File(**_fields(row)) for row in c.execute(query)]
+
+
+def totals(c: sa.Connection, ids: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """(rows, bytes) by entry id; an entry without files is absent."""
+    n_rows = sa.func.sum(sa.case((_FILES.c.site == "", _FILES.c.n_rows), else_=0))
+    query = sa.select(_FILES.c.entry, n_rows, sa.func.sum(_FILES.c.size_bytes)).group_by(_FILES.c.entry)
+    return {row[0]: (row[1], row[2]) for row in c.execute(query.where(_FILES.c.entry.in_(ids)))}
+
+
+def usage_bytes(c: sa.Connection, owner: str) -> int:
+    """Bytes on disk of everything the owner has, expired entries that are not swept yet included."""
+    query = sa.select(sa.func.sum(_FILES.c.size_bytes)).join(_ENTRIES).where(_ENTRIES.c.owner == owner)
+    return int(c.execute(query).scalar() or 0)
+
+
+def set_state(c: sa.Connection, entry_id: str, state: State) -> None:
+    c.execute(sa.update(_ENTRIES).where(_ENTRIES.c.id == entry_id).values(state=state))
+
+
+def fail_open(c: sa.Connection) -> None:
+    """Marks every entry whose writer is gone; what it committed stays readable."""
+    c.execute(sa.update(_ENTRIES).where(_ENTRIES.c.state == "open").values(state="failed"))
+
+
+def fail(c: sa.Connection, entry_id: str) -> list[File]:
+    """Marks an entry as failed and removes its files; returns these."""
+    gone = files(c, entry_id)
+    c.execute(sa.delete(_FILES).where(_FILES.c.entry == entry_id))
+    set_state(c, entry_id, "failed")
+    return gone
+
+
+def remove(c: sa.Connection, entry_id: str) -> list[File]:
+    """Removes an entry and, by cascade, its files; returns these."""
+    gone = files(c, entry_id)
+    c.execute(sa.delete(_ENTRIES).where(_ENTRIES.c.id == entry_id))
+    return gone
+
+
+def _alive(now_s: float) -> sa.ColumnElement[bool]:
+    return _ENTRIES.c.expires_s.is_(None) | (_ENTRIES.c.expires_s > now_s)
+
+
+def _fields(row: sa.Row[Any]) -> dict[str, Any]:
+    return dict(row._mapping)
+
+
+def _entry(row: sa.Row[Any]) -> Entry:
+    return Entry(**_fields(row))
+
+
+def _configure(connection: sqlite3.Connection, _record: object) -> None:
+    connection.isolation_level = None  # SQLAlchemy's begin event opens transactions, not sqlite3
+    connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _begin(connection: sa.Connection) -> None:
+    writing = connection.get_execution_options().get("writing", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")

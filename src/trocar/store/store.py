@@ -1,0 +1,272 @@
+"""The store: opens, lists, limits and deletes what its owners keep. The only door of this room.
+
+Every lookup names an owner, and nothing but the owner's own, unexpired entries is ever found: everything else
+is one `handle_not_found`. The owner is a plain string that the caller has authenticated.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import sqlalchemy as sa
+
+from trocar import errors
+from trocar.store import artifacts, catalog, ids
+from trocar.store.artifacts import Arrays, Artifact, ArtifactInfo
+from trocar.store.catalog import ACTIVATIONS, Entry, File
+from trocar.store.depot import Depot
+from trocar.store.ids import ArtifactId, HandleId
+from trocar.store.quota import Quota
+from trocar.store.reader import HandleInfo, Reader, infos_of
+from trocar.store.writer import Writer
+
+SHARD_BYTES: Final = 64 << 20
+Findings = list[str]  # the class below has a method of that name
+
+
+class Store:
+    """The store in the folder `root`; safe to share between threads.
+
+    Opening a root that no other process has open sweeps what a crash left behind, and marks handles whose
+    writer died as "failed": their committed rows can be read with `open(..., partial=True)`.
+
+    Args:
+        root: made when absent; nothing else may write there.
+        quota_bytes: what each owner may keep; None for no limit.
+        shard_bytes: how much a writer buffers, over all sites of a handle.
+        clock: Unix time in seconds.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        quota_bytes: int | None = None,
+        shard_bytes: int = SHARD_BYTES,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._clock, self._shard_bytes, self._quota = clock, shard_bytes, Quota(quota_bytes)
+        self._depot = Depot(root)
+        self._catalog = self._depot.catalog
+        self.sweep()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._depot.close()
+
+    def create(
+        self,
+        owner: str,
+        model: str,
+        fingerprint: str,
+        widths: Mapping[str, int],
+        program_hash: str,
+        *,
+        ttl_s: float | None = None,
+    ) -> Writer:
+        """Starts a handle and returns its writer.
+
+        Args:
+            widths: width of a row by canonical site, for example {"resid_post.12": 576}.
+            ttl_s: seconds from now after which the handle is gone, open or not; None to keep it.
+
+        Raises:
+            ProgramError: `unknown_site`, `nothing_returned` (no site) or `bad_value`.
+        """
+        if not widths:
+            raise errors.refuse("nothing_returned", "widths", "a handle needs at least one site")
+        for site, width in widths.items():
+            ids.require_site(site, "widths")
+            if width < 1:
+                raise errors.refuse("bad_value", f"widths.{site}", f"{width} is not a width")
+        self.sweep()
+        now_s = self._clock()
+        entry = Entry(
+            id=ids.new_handle(),
+            owner=owner,
+            kind=ACTIVATIONS,
+            fingerprint=fingerprint,
+            layout=json.dumps(dict(widths)),
+            created_s=now_s,
+            expires_s=self._expiry(now_s, ttl_s),
+            model=model,
+            program_hash=program_hash,
+        )
+        with self._catalog.write() as c:
+            catalog.add_entry(c, entry)
+        return Writer(self._depot, self._quota, HandleId(entry.id), widths, self._shard_bytes)
+
+    def _expiry(self, now_s: float, ttl_s: float | None) -> float | None:
+        if ttl_s is None:
+            return None
+        if not 0 < ttl_s < float("inf"):
+            raise errors.refuse("bad_value", "ttl_s", f"{ttl_s!r} is not a positive number of seconds")
+        return now_s + ttl_s
+
+    def open(self, owner: str, handle: str, *, partial: bool = False) -> Reader:
+        """Opens a handle as it is now.
+
+        Args:
+            partial: also accept a handle that is still being written, or whose writer died.
+
+        Raises:
+            NotFound: `handle_not_found`, the same for absent, foreign, expired and malformed ids.
+            ProgramError: `handle_incomplete` unless `partial`.
+        """
+        with self._catalog.read() as c:
+            entry = self._find(c, owner, handle, ids.is_handle)
+            if entry.state != "complete" and not partial:
+                raise errors.refuse("handle_incomplete", "handle", f"{handle} is {entry.state}")
+            return Reader(self._depot, infos_of(c, [entry])[0], catalog.files(c, entry.id))
+
+    def list(self, owner: str) -> Sequence[HandleInfo]:
+        """The owner's handles in any state, oldest first."""
+        with self._catalog.read() as c:
+            return infos_of(c, [e for e in self._owned(c, owner) if e.kind == ACTIVATIONS])
+
+    def save_artifact(
+        self,
+        owner: str,
+        kind: str,
+        fingerprint: str,
+        arrays: Arrays,
+        info: Any,
+        *,
+        ttl_s: float | None = None,
+    ) -> ArtifactId:
+        """Stores the result of a fit.
+
+        Args:
+            kind: what made it; any word but "activations".
+            arrays: float32, float64 or int64 arrays by site and name.
+            info: JSON values (finite numbers) to give back with it.
+
+        Raises:
+            ProgramError: `unknown_site` or `bad_value`.
+            Overloaded: `disk_full`.
+        """
+        if kind == ACTIVATIONS:
+            raise errors.refuse("bad_value", "kind", f"{kind!r} is what handles are, not artifacts")
+        self.sweep()
+        name, now_s = ids.new_artifact(), self._clock()
+        entry = Entry(
+            id=name,
+            owner=owner,
+            kind=kind,
+            fingerprint=fingerprint,
+            layout=artifacts.layout_of(arrays),
+            created_s=now_s,
+            expires_s=self._expiry(now_s, ttl_s),
+            info=json.dumps(info, allow_nan=False),
+            state="complete",
+        )
+        raw = artifacts.pack(arrays)
+
+        def admit(c: sa.Connection) -> None:
+            self._quota.admit(c, owner, len(raw))
+            catalog.add_entry(c, entry)
+
+        draft = self._depot.draft([raw], name="artifact.safetensors", shard=0, site="", n_rows=0)
+        self._depot.publish(name, [draft], admit)
+        return name
+
+    def open_artifact(self, owner: str, artifact: str) -> Artifact:
+        """Loads an artifact, with its hash checked.
+
+        Raises:
+            NotFound: `handle_not_found`, as for `open`.
+            ServerFault: `store_damaged`.
+        """
+        with self._catalog.read() as c:
+            entry = self._find(c, owner, artifact, ids.is_artifact)
+            file = catalog.files(c, entry.id)[0]
+        try:
+            raw = self._depot.load(file)
+        except FileNotFoundError:
+            raise self._depot.missing(file) from None
+        return artifacts.unpack(artifacts.info_of(entry, file.size_bytes), raw)
+
+    def list_artifacts(self, owner: str) -> Sequence[ArtifactInfo]:
+        """The owner's artifacts, oldest first."""
+        with self._catalog.read() as c:
+            found = [e for e in self._owned(c, owner) if e.kind != ACTIVATIONS]
+            totals = catalog.totals(c, [e.id for e in found])
+        return [artifacts.info_of(e, totals[e.id][1]) for e in found]
+
+    def delete(self, owner: str, entry: str) -> None:
+        """Deletes a handle or an artifact; readers that are open keep what they have mapped.
+
+        Raises:
+            NotFound: `handle_not_found`, as for `open`.
+        """
+
+        def remove(c: sa.Connection) -> list[File]:
+            found = self._find(c, owner, entry, lambda text: ids.is_handle(text) or ids.is_artifact(text))
+            return catalog.remove(c, found.id)
+
+        self._depot.withdraw(remove)
+
+    def usage(self, owner: str) -> int:
+        """Bytes on disk of the owner's handles and artifacts."""
+        self.sweep()
+        with self._catalog.read() as c:
+            return catalog.usage_bytes(c, owner)
+
+    def sweep(self) -> int:
+        """Deletes what has expired, whoever owns it; returns how many entries."""
+        gone: list[str] = []
+
+        def remove(c: sa.Connection) -> list[File]:
+            gone.extend(catalog.expired(c, self._clock()))
+            return [file for entry in gone for file in catalog.remove(c, entry)]
+
+        with self._catalog.read() as c:
+            if not catalog.expired(c, self._clock()):
+                return 0  # reading does not wait for writers
+        self._depot.withdraw(remove)
+        return len(gone)
+
+    def check(self) -> Findings:
+        """What is wrong with the store by names, sizes and numbers of rows; empty when nothing is."""
+        return self._depot.check() + self._check_shards()
+
+    def verify(self) -> Findings:
+        """Reads every file and compares its SHA-256; empty when nothing was changed since it was written."""
+        return self._depot.verify()
+
+    def _check_shards(self) -> Findings:
+        with self._catalog.read() as c:
+            handles = [e for e in catalog.entries(c) if e.kind == ACTIVATIONS]
+            files = {e.id: catalog.files(c, e.id) for e in handles}
+        wrong: list[str] = []
+        for entry in handles:
+            expected = {"", *json.loads(entry.layout)}
+            numbers = sorted({f.shard for f in files[entry.id]})
+            if numbers != list(range(len(numbers))):
+                wrong.append(f"{entry.id}: shards {numbers} have a gap")
+            for number in numbers:
+                shard = [f for f in files[entry.id] if f.shard == number]
+                if {f.site for f in shard} != expected or len({f.n_rows for f in shard}) != 1:
+                    wrong.append(f"{entry.id}: the sites of shard {number} do not match")
+        return wrong
+
+    def _owned(self, c: sa.Connection, owner: str) -> Sequence[Entry]:
+        return catalog.owned(c, owner, self._clock())
+
+    def _find(self, c: sa.Connection, owner: str, text: str, legal: Callable[[str], bool]) -> Entry:
+        entry = catalog.find_owned(c, owner, text, self._clock()) if legal(text) else None
+        if entry is None:
+            raise ids.not_found(text)
+        return entry

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import hashlib
+import re
+import sqlite3
+from typing import Any
+
+import pytest
+from gate_room import Room
+
+from trocar.errors import TrocarError
+from trocar.gate.policy import Role, Tier
+
+
+def _answer(gate: Room, secret: str | None) -> dict[str, Any]:
+    with pytest.raises(TrocarError) as e:
+        gate.keys.authenticate(secret)
+    return e.value.as_json()
+
+
+def test_a_new_key_authenticates_as_what_it_was_made(gate: Room) -> None:
+    made = gate.keys.create("lab-1", Tier.agent, Role.operator, "nightly")
+    who = gate.keys.authenticate(made.secret)
+    assert who == made.principal
+    assert (who.tenant, who.tier, who.role) == ("lab-1", Tier.agent, Role.operator)
+    assert re.fullmatch(rf"trk_{who.key_id}_[A-Za-z0-9_-]{{43}}", made.secret)
+
+
+def test_the_secret_is_shown_once_and_stored_nowhere(gate: Room) -> None:
+    made = gate.keys.create("lab", Tier.trusted, Role.researcher)
+    random_part = made.secret.split("_", 2)[2]
+    assert random_part not in repr(made) + str(made) + repr(gate.keys.list()) + repr(gate.ledger.entries())
+    gate.database.close()
+    on_disk = b"".join(p.read_bytes() for p in gate.path.parent.iterdir() if p.is_file())
+    assert random_part.encode() not in on_disk
+    assert hashlib.sha256(made.secret.encode()).hexdigest().encode() in on_disk
+    gate.open()
+
+
+def test_no_key_is_its_own_answer(gate: Room) -> None:
+    assert _answer(gate, None)["error"]["refusals"][0]["code"] == "no_key"
+
+
+def test_unknown_malformed_and_revoked_keys_get_the_same_answer(gate: Room) -> None:
+    made = gate.keys.create("lab", Tier.trusted, Role.researcher)
+    gate.keys.revoke(made.principal.key_id)
+    other = gate.keys.create("lab", Tier.trusted, Role.researcher)
+    tail = "A" * 43
+    wrong = [
+        "",
+        "trk_",
+        made.secret,
+        other.secret[:-1] + ("B" if other.secret[-1] == "A" else "A"),
+        other.secret + "\n",
+        other.secret.upper(),
+        f"trk_{other.principal.key_id}_{tail}",
+        f"trk_{'0' * 16}_{tail}",
+        f"trk_' OR 1=1 --_{tail}",
+        "\x00\ud800" * 40,
+        "x" * 10**6,
+    ]
+    answers = [_answer(gate, secret) for secret in wrong]
+    assert answers[0]["error"]["refusals"][0]["code"] == "bad_key"
+    assert all(answer == answers[0] for answer in answers)
+    assert gate.keys.authenticate(other.secret) == other.principal
+
+
+def test_revoking_twice_is_one_entry_and_an_unknown_key_is_named(gate: Room) -> None:
+    who = gate.key()
+    gate.keys.revoke(who.key_id)
+    gate.keys.revoke(who.key_id)
+    assert [e.kind for e in gate.ledger.entries()] == ["key_created", "key_revoked"]
+    assert [r.revoked_ms is not None for r in gate.keys.list()] == [True]
+    with pytest.raises(TrocarError) as e:
+        gate.keys.revoke("nobody")
+    assert e.value.code == "key_not_found"
+
+
+@pytest.mark.parametrize(
+    ("tenant", "note"),
+    [
+        ("", ""),
+        ("Lab", ""),
+        ("a/b", ""),
+        ("a" * 65, ""),
+        ("lab", "x" * 201),
+        ("lab", "\x1b[2J"),
+        ("lab", "a\nb"),
+    ],
+)
+def test_tenants_and_notes_keep_to_their_grammar(gate: Room, tenant: str, note: str) -> None:
+    with pytest.raises(TrocarError) as e:
+        gate.keys.create(tenant, Tier.trusted, Role.researcher, note)
+    assert e.value.code == "bad_value"
+    assert gate.keys.list() == ()
+
+
+def test_the_files_are_closed_to_other_users(gate: Room) -> None:
+    gate.key()
+    found = {p.name: p.stat().st_mode & 0o077 for p in gate.path.parent.rglob("*")}
+    assert len(found) >= 4
+    assert set(found.values()) == {0}
+
+
+def test_keys_of_one_operator_are_listed_oldest_first(gate: Room) -> None:
+    made = {gate.keys.create("lab", tier, Role.researcher, tier).principal for tier in Tier}
+    listed = gate.keys.list()
+    assert {r.principal for r in listed} == made
+    assert [r.created_ms for r in listed] == sorted(r.created_ms for r in listed)
+
+
+def test_the_database_holds_one_row_per_key(gate: Room) -> None:
+    gate.key()
+    with sqlite3.connect(gate.path) as raw:
+        assert raw.execute("SELECT count(*) FROM keys").fetchone() == (1,)
+    raw.close()

@@ -1,0 +1,185 @@
+"""Threads and real processes at one budget, and processes killed at random moments."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from gate_processes import emitted_bits, start, stop_file
+from gate_room import Room
+
+from trocar.errors import TrocarError, refuse
+from trocar.gate.policy import Role, Tier
+
+THREADS = 50
+LIMIT = 1000
+STEP = 7
+
+
+@dataclass
+class Outcome:
+    granted_bits: int
+    refusals: Counter[str]
+
+    def overspent(self) -> bool:
+        return self.granted_bits > LIMIT
+
+    def fair(self) -> bool:
+        """Every thread was stopped, all by the same refusal, and less than one step was left."""
+        return self.refusals == {"budget_exhausted": THREADS} and 0 <= LIMIT - self.granted_bits < STEP
+
+
+def _race(spend: Callable[[], int]) -> Outcome:
+    """Fifty threads take what they can until each was refused."""
+    granted: list[int] = []
+    refusals: list[str] = []
+    begin = threading.Barrier(THREADS)
+
+    def one() -> None:
+        begin.wait()
+        try:
+            while True:
+                granted.append(spend())
+        except TrocarError as e:
+            refusals.append(e.code)
+
+    threads = [threading.Thread(target=one) for _ in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return Outcome(sum(granted), Counter(refusals))
+
+
+def test_fifty_threads_never_overspend_and_see_one_kind_of_refusal(gate: Room) -> None:
+    who = gate.key()
+    ledger = gate.ledger
+    outcome = _race(lambda: ledger.settle(gate.reserve(who, STEP), STEP, b"").spent_bits)
+    assert not outcome.overspent()
+    assert outcome.fair()
+    assert gate.used(who) == (outcome.granted_bits, 0)
+
+
+def test_a_ledger_that_looks_first_and_acts_later_would_overspend(tmp_path: Path) -> None:
+    path = tmp_path / "naive.db"
+    with closing(sqlite3.connect(path)) as raw, raw:
+        raw.execute("PRAGMA journal_mode=WAL")
+        raw.execute("CREATE TABLE account (spent INT)")
+        raw.execute("INSERT INTO account VALUES (0)")
+    together = threading.Barrier(THREADS)
+    naive_step = LIMIT // THREADS + 1
+
+    def naive() -> int:
+        with closing(sqlite3.connect(path, timeout=30)) as raw, raw:
+            (spent,) = raw.execute("SELECT spent FROM account").fetchone()
+            with suppress(threading.BrokenBarrierError):
+                together.wait()  # a schedule that nothing in this ledger forbids: all look, then all act
+            if spent + naive_step > LIMIT:
+                together.abort()  # one thread has ended: the others need not wait for it
+                raise refuse("budget_exhausted", "", "")
+            raw.execute("UPDATE account SET spent = spent + ?", (naive_step,))
+        return naive_step
+
+    outcome = _race(naive)
+    assert outcome.overspent()
+
+
+def test_fifty_threads_under_one_idempotency_key_are_admitted_once(gate: Room) -> None:
+    who = gate.key()
+    answers: list[str] = []
+    begin = threading.Barrier(THREADS)
+
+    def one() -> None:
+        begin.wait()
+        try:
+            answers.append(type(gate.ask(who, 10, idem="k")).__name__)
+        except TrocarError as e:
+            answers.append(e.code)
+
+    threads = [threading.Thread(target=one) for _ in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert Counter(answers) == {"Reservation": 1, "still_running": THREADS - 1}
+    assert gate.used(who) == (0, 10)
+
+
+def test_a_reservation_settled_by_many_threads_is_charged_once(gate: Room) -> None:
+    who = gate.key()
+    held = gate.reserve(who, 100)
+    answers: list[str] = []
+
+    def one() -> None:
+        try:
+            gate.ledger.settle(held, 9, b"")
+            answers.append("charged")
+        except TrocarError as e:
+            answers.append(e.code)
+
+    threads = [threading.Thread(target=one) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert Counter(answers) == {"charged": 1, "reservation_closed": 9}
+    assert gate.used(who) == (9, 0)
+
+
+def test_eight_processes_never_overspend(gate: Room) -> None:
+    made = gate.keys.create("lab", Tier.external, Role.researcher)
+    with ExitStack() as stack:
+        racers = [stack.enter_context(start("race", gate.path, made.secret)) for _ in range(8)]
+        for racer in racers:
+            racer.stdout.readline()
+        for racer in racers:
+            racer.stdin.write("go\n")
+            racer.stdin.flush()
+        told = [json.loads(racer.communicate(timeout=60)[0]) for racer in racers]
+    assert {t["code"] for t in told} == {"budget_exhausted"}
+    assert sum(t["total"] for t in told) == LIMIT
+    assert sum(t["total"] > 0 for t in told) > 1  # it was a race
+    assert gate.used(made.principal) == (LIMIT, 0)
+
+
+def test_processes_killed_at_random_never_emit_more_than_was_charged(gate: Room) -> None:
+    """Sixteen SIGKILLs beside one process that must not be harmed by any of them."""
+    made = gate.keys.create("lab", Tier.open, Role.researcher)
+    rng = random.Random()
+    with ExitStack() as stack:
+        survivor = stack.enter_context(start("storm", gate.path, made.secret))
+        following = stack.enter_context(start("storm", gate.path, made.secret))
+        for _ in range(16):
+            victim, following = following, stack.enter_context(start("storm", gate.path, made.secret))
+            victim.stdout.readline()
+            time.sleep(rng.uniform(0, 0.15))
+            victim.kill()
+            victim.communicate()
+            assert victim.returncode == -signal.SIGKILL
+        survivor.stdout.readline()
+        following.stdout.readline()
+        stop_file(gate.path).touch()
+        for unharmed in (survivor, following):
+            _, err = unharmed.communicate(timeout=30)
+            assert (unharmed.returncode, err) == (0, "")
+    gate.ledger.recover()
+    (account,) = {a for a in gate.ledger.balances() if a.owner == made.principal.key_id}
+    recovered = _count(gate.path, "recovered")
+    assert recovered > 0  # some kills hit between reserve and settle
+    assert 0 < emitted_bits(gate.path) <= account.charged_bits
+    assert account.held_bits == 0
+    assert gate.ledger.check() == []
+
+
+def _count(path: Path, kind: str) -> int:
+    with closing(sqlite3.connect(path)) as raw:
+        return int(raw.execute("SELECT count(*) FROM log WHERE kind = ?", (kind,)).fetchone()[0])
