@@ -21,12 +21,15 @@ This module knows nothing about HTTP, models or programs. Every code has a page 
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 Category = Literal["user", "policy", "capacity", "server"]
 DOCS_BASE: Final = "docs/errors"
+MAX_OPTIONS: Final = 256
+MAX_WORD: Final = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ class Refusal:
     next_step: str
     closest: str | None = None
 
-    def as_json(self) -> dict[str, str | None]:
+    def as_json(self) -> dict[str, Any]:
         return {
             "code": self.code,
             "path": self.path,
@@ -241,7 +244,7 @@ _TABLE: Final[tuple[Code, ...]] = (
         "unknown_op",
         ProgramError,
         "An op that is not in the table.",
-        "See `trocar.ops()` or docs/programs.md for the table.",
+        "`trocar ops` prints the table; docs/programs.md explains it.",
     ),
     Code("unknown_site", ProgramError, "A site that does not exist.", "List the sites with `model.sites`."),
     Code(
@@ -544,6 +547,37 @@ _TABLE: Final[tuple[Code, ...]] = (
         "A value that lives on the server and cannot be used as a local array.",
         "Reduce it on the server (lens, score, fit) or capture it as a handle.",
     ),
+    # the command line
+    Code(
+        "unknown_command",
+        ClientError,
+        "A command that does not exist.",
+        "`trocar --help` lists the commands.",
+    ),
+    Code(
+        "missing_extra",
+        ClientError,
+        "A package that this part of Trocar needs is not installed.",
+        "Run `pip install 'trocar[server]'`.",
+    ),
+    Code(
+        "no_ledger",
+        NotFound,
+        "The data folder holds no ledger.",
+        "Start `trocar serve` once, or name the right folder with --data.",
+    ),
+    Code(
+        "data_unwritable",
+        ClientError,
+        "The data folder cannot be written.",
+        "Name a folder of your own with --data or TROCAR_DATA.",
+    ),
+    Code(
+        "cannot_listen",
+        ClientError,
+        "The address is taken or is not one of this machine's.",
+        "Choose another --port; 0 picks a free one.",
+    ),
 )
 CODES: Final[dict[str, Code]] = {row.name: row for row in _TABLE}
 _KINDS: Final[dict[str, type[TrocarError]]] = {
@@ -578,8 +612,9 @@ def refuse(
 
 
 def closest(word: str, options: Iterable[str]) -> str | None:
-    """The nearest of `options` to `word`, or None when nothing is near."""
-    found = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
+    """The nearest of the first `MAX_OPTIONS` options to `word`, or None when nothing is near."""
+    near = list(itertools.islice(options, MAX_OPTIONS))
+    found = difflib.get_close_matches(word[:MAX_WORD], near, n=1, cutoff=0.6)
     return found[0] if found else None
 
 

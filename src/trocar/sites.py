@@ -139,7 +139,7 @@ def parse(text: str, path: str = "site") -> Site:
     Raises:
         ProgramError: `unknown_site`, with the closest spelling.
     """
-    match = _FORM.match(text)
+    match = _FORM.fullmatch(text)
     if match is None or match[1] not in SITES:
         raise errors.refuse("unknown_site", path, f"{text[:80]!r} is not a site", closest=_nearest(text))
     spec, layer = SITES[match[1]], match[2]
@@ -159,7 +159,8 @@ def _nearest(text: str) -> str | None:
         return None
     if not SITES[near].layered:
         return near
-    return f"{near}.{layer}" if dot and layer.isdecimal() else f"{near}.0"
+    known = dot and layer.isascii() and layer.isdecimal() and len(layer) <= 5
+    return f"{near}.{int(layer)}" if known else f"{near}.0"
 
 
 def order(site: Site, n_layers: int) -> int:

@@ -1,4 +1,4 @@
-"""The base of every model that crosses the network, and the JSON reader that is stricter than the standard one.
+"""The base of every model that crosses the network, and a JSON reader stricter than the standard one.
 
 `Strict` models are frozen, refuse unknown fields, never convert types ("2" is not 2, True is not 1) and
 refuse NaN and infinities. `read_json` refuses duplicate keys, NaN and infinity literals, and nesting deeper
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from reprlib import Repr
 from typing import Any, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -18,8 +20,11 @@ from trocar import errors
 
 MAX_DEPTH: Final = 32
 MAX_DIGITS: Final = 400
-_STRING: Final = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
-_BRACKET: Final = re.compile(rb"[\[\]{}]")
+MAX_KEYS: Final = 64
+MAX_FINDINGS: Final = 20
+SHOWN: Final = 80
+# The closing quote is optional: a string that never ends is read once, not again from each quote inside it.
+_TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -29,17 +34,23 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def read_json(raw: bytes) -> Any:
-    """Decodes one JSON document.
+def read_json(raw: bytes, longest: Mapping[str, int] | None = None) -> Any:
+    """Decodes one JSON document in time linear in its length.
+
+    Args:
+        raw: UTF-8 JSON.
+        longest: most items of the lists under these keys.
 
     Raises:
-        BadRequest: `bad_json`, `duplicate_key`, `not_finite` or `too_large` (nested too deeply).
+        BadRequest: `bad_json`, `duplicate_key`, `not_finite` or `too_large` (nested too deeply, or an object
+            with more than `MAX_KEYS` keys).
+        ProgramError: `bad_value` for an integer of more than `MAX_DIGITS` digits, `too_many_nodes`.
     """
     _check_depth(raw)
     try:
         return json.loads(
             raw.decode("utf-8"),
-            object_pairs_hook=_unique,
+            object_pairs_hook=partial(_object, longest or {}),
             parse_constant=_no_constant,
             parse_float=_finite,
             parse_int=_short_int,
@@ -51,18 +62,24 @@ def read_json(raw: bytes) -> Any:
 def _check_depth(raw: bytes) -> None:
     """Counts brackets outside strings, so that a bomb is refused before the recursive parser runs."""
     depth = 0
-    for match in _BRACKET.finditer(_STRING.sub(b"", raw)):
-        depth += 1 if match[0] in b"[{" else -1
+    for match in _TOKEN.finditer(raw):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(match[0], 0)
         if depth > MAX_DEPTH:
             raise errors.refuse("too_large", "$", f"the JSON is nested deeper than {MAX_DEPTH} levels")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        names = [k for k, _ in pairs]
-        twice = next(k for k in names if names.count(k) > 1)
-        raise errors.refuse("duplicate_key", twice, f"the key {twice!r} appears twice in one object")
+def _object(longest: Mapping[str, int], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:
+        raise errors.refuse("too_large", "$", f"an object of {len(pairs)} keys; the limit is {MAX_KEYS}")
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            name = key[:SHOWN]
+            raise errors.refuse("duplicate_key", name, f"the key {name!r} appears twice in one object")
+        if isinstance(value, list) and len(value) > longest.get(key, len(value)):
+            code = "too_many_nodes" if key == "nodes" else "too_large"
+            raise errors.refuse(code, key, f"{len(value)} {key}; one request takes at most {longest[key]}")
+        out[key] = value
     return out
 
 
@@ -95,21 +112,14 @@ def parse(model: type[M], raw: bytes, *, options: Mapping[str, Sequence[str]] | 
         BadRequest: what `read_json` raises.
         ProgramError: one refusal per finding, each with its JSON path.
     """
-    read_json(raw)
+    data = read_json(raw, _longest(model))
     try:
         return model.model_validate_json(raw)
     except ValidationError as e:
-        items = [item for item in e.errors()[:20] if not _consequence(item)]
-        raise errors.ProgramError([_translate(item, options or {}) for item in items]) from None
-
-
-_KIND: Final = {
-    "extra_forbidden": "unknown_field",
-    "missing": "missing_field",
-    "finite_number": "not_finite",
-    "union_tag_invalid": "unknown_op",
-    "union_tag_not_found": "missing_field",
-}
+        found = e.errors(include_url=False)
+        if found[0]["type"] == "json_invalid":  # a lone surrogate: legal for the first reader only
+            raise errors.refuse("bad_json", "$", f"the body is not UTF-8 JSON: {found[0]['msg']}") from None
+        raise errors.ProgramError(_refusals(found, data, options or {})) from None
 
 
 def make(model: type[M], /, **fields: Any) -> M:
@@ -121,42 +131,90 @@ def make(model: type[M], /, **fields: Any) -> M:
     try:
         return model(**fields)
     except ValidationError as e:
-        raise errors.ProgramError([_translate(item, {}) for item in e.errors()[:20]]) from None
+        raise errors.ProgramError(_refusals(e.errors(include_url=False), fields, {})) from None
 
 
-def _consequence(item: Any) -> bool:
-    """Whether a finding only repeats one inside it: a list is not too short because its items were refused."""
-    return item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]
+@cache
+def _longest(model: type[BaseModel]) -> dict[str, int]:
+    """Most items of each list field of a model and of the models inside it, by field name."""
+    whole = schema(model)
+    fields = [
+        pair for part in (whole, *whole.get("$defs", {}).values()) for pair in part.get("properties", {}).items()
+    ]  # fmt: skip
+    return {name: field["maxItems"] for name, field in fields if "maxItems" in field}
 
 
-def _translate(item: Any, options: Mapping[str, Sequence[str]]) -> errors.Refusal:
-    code = _KIND.get(item["type"], "bad_value")
-    path = _path(item["loc"], options.get("op", ()))
-    name = str(item["loc"][-1]) if item["loc"] else "$"
-    if code == "unknown_op":
-        tag = str(item["ctx"]["tag"])
+_KIND: Final = {
+    "extra_forbidden": "unknown_field",
+    "missing": "missing_field",
+    "finite_number": "not_finite",
+    "union_tag_invalid": "unknown_op",
+    "union_tag_not_found": "missing_field",
+}
+_KIND_AT: Final = {
+    ("too_long", "nodes"): "too_many_nodes",
+    ("too_short", "prompts"): "empty_prompt",
+    ("too_short", "nodes"): "nothing_returned",
+}
+
+
+def _refusals(
+    found: Sequence[Any], data: Any, options: Mapping[str, Sequence[str]]
+) -> list[errors.Refusal]:
+    """One refusal per place: branches of a union agree on a place, and an inner finding explains an outer."""
+    places: dict[str, list[Any]] = {}
+    for item in found[: 10 * MAX_FINDINGS]:
+        places.setdefault(_path(item, data), []).append(item)
+    inner = [path for path in places if not any(_inside(other, path) for other in places)]
+    return [_translate(path, places[path], options) for path in inner[:MAX_FINDINGS]]
+
+
+def _inside(path: str, outer: str) -> bool:
+    return path.startswith((f"{outer}.", f"{outer}["))
+
+
+def _path(item: Any, data: Any) -> str:
+    """JSON path of a finding, followed through the data: a union's branch is in `loc` but not in the path."""
+    out, here = "", data
+    for part in item["loc"]:
+        if isinstance(part, int):
+            out, here = f"{out}[{part}]", here[part]
+        elif isinstance(here, dict) and part in here:
+            out, here = _field(out, part), here[part]
+    if item["type"] == "missing":
+        return _field(out, item["loc"][-1])
+    if item["type"].startswith("union_tag"):
+        return _field(out, "op")
+    return out or "$"
+
+
+def _field(path: str, name: str) -> str:
+    return f"{path}.{name[:SHOWN]}" if path else name[:SHOWN]
+
+
+def _translate(path: str, items: Sequence[Any], options: Mapping[str, Sequence[str]]) -> errors.Refusal:
+    item = items[0]
+    name = path.rpartition(".")[2]
+    code = _KIND_AT.get((item["type"], name)) or _KIND.get(item["type"], "bad_value")
+    if item["type"] == "union_tag_invalid":
+        tag = str(item["ctx"]["tag"])[:SHOWN]
         return errors.refusal(
-            code, f"{path}.op", f"{tag!r} is not an op", closest=errors.closest(tag, options.get("op", ()))
+            code, path, f"{tag!r} is not an op", closest=errors.closest(tag, options.get("op", ()))
         )
     if code == "unknown_field":
         near = errors.closest(name, options.get("*", ()))
         return errors.refusal(code, path, f"{name!r} is not a field here", closest=near)
     if code == "missing_field":
         return errors.refusal(code, path, f"the field {name!r} is required")
-    shown = repr(item.get("input"))
-    return errors.refusal(code, path, f"{item['msg']} (got {shown[:80]})")
+    wanted = ", or ".join(dict.fromkeys(i["msg"] for i in items))
+    return errors.refusal(code, path, f"{wanted} (got {_shown(item['input'])})")
 
 
-def _path(loc: tuple[int | str, ...], tags: Sequence[str]) -> str:
-    """JSON path of a finding; pydantic puts a union's tag after the index, which is no part of the path."""
-    out, after_index = "", False
-    for part in loc:
-        if isinstance(part, int):
-            out += f"[{part}]"
-        elif not (after_index and part in tags):
-            out += f".{part}" if out else part
-        after_index = isinstance(part, int)
-    return out or "$"
+def _shown(value: Any) -> str:
+    """A short `repr`, in time that does not depend on the size of the value."""
+    short = Repr()
+    short.maxstring = short.maxother = SHOWN
+    return short.repr(value)[:SHOWN]
 
 
 def schema(model: type[BaseModel] | Any) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Annotated, Any, Final, TypeVar
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, FastAPI, Header, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -37,6 +38,7 @@ OPTIONS: Final = {
     "*": (*field_names(), *q.RunRequest.model_fields, *q.FitRequest.model_fields),
 }
 JSON: Final = "application/json"
+WAITERS: Final = 512
 
 
 def answer(released: Released, request_id: str) -> Response:
@@ -160,7 +162,10 @@ async def job_state(request: Request, caller: Caller, job: str) -> Response:
 @router.get("/jobs/{job}/result", tags=["jobs"])
 async def job_result(request: Request, caller: Caller, job: str, wait_s: float = 0.0) -> Response:
     """The result, waiting at most 30 s; 202 with the job's state while it runs."""
-    return await _off_loop(request, _service(request).job_result, caller, job, wait_s)
+    verb = partial(_service(request).job_result, caller, job, wait_s)
+    # Waiting has threads of its own: many slow jobs must not keep others from asking anything.
+    found = await to_thread.run_sync(verb, limiter=request.app.state.waiters)
+    return answer(found, request.state.request_id)
 
 
 @router.delete("/jobs/{job}", tags=["jobs"])
@@ -223,6 +228,7 @@ def create_app(service: Service) -> FastAPI:
         openapi_url=None,
     )
     app.state.service = service
+    app.state.waiters = CapacityLimiter(WAITERS)
     app.include_router(router)
     app.add_middleware(RequestId)
     app.add_exception_handler(errors.TrocarError, _on_refusal)

@@ -67,7 +67,7 @@ class Collector:
         slots = step.value(name).slots
         prompts = np.asarray(step.group.prompts)[slots.numpy() if slots is not None else slice(None)]
         none = np.full(len(prompts), -1, dtype=np.int64)
-        return RowTags(prompts, none, none, ("prompt",) * len(prompts))
+        return RowTags(prompts, none, none, tuple("prompt" for _ in prompts))
 
     def _lens(self, node: ops.Lens, step: Step, readout: Readout) -> None:
         tags = self._tags(node.of[0], step)

@@ -29,7 +29,7 @@ class Readout:
     def top(self, rows_ND: torch.Tensor, k: int, *, normed: bool) -> tuple[I64, F32]:
         """Top-k next tokens of each row: ids int64 [N, K] and log-probabilities float32 [N, K]."""
         ids, logprobs = [], []
-        for chunk_ND in rows_ND.split(CHUNK_ROWS):
+        for chunk_ND in torch.split(rows_ND, CHUNK_ROWS):
             logprobs_NV = self.head(chunk_ND if normed else self.norm(chunk_ND)).log_softmax(-1)
             best = logprobs_NV.topk(k, dim=-1)
             ids.append(best.indices.numpy())
@@ -40,7 +40,9 @@ class Readout:
         """Log-probabilities float32 [N, M] of named next tokens, given rows after the final norm."""
         out = []
         ids = torch.from_numpy(ids_NM)
-        for chunk_ND, chunk_NM in zip(final_ND.split(CHUNK_ROWS), ids.split(CHUNK_ROWS), strict=True):
+        for chunk_ND, chunk_NM in zip(
+            torch.split(final_ND, CHUNK_ROWS), torch.split(ids, CHUNK_ROWS), strict=True
+        ):
             out.append(self.head(chunk_ND).log_softmax(-1).gather(1, chunk_NM).numpy())
         return np.concatenate(out)
 

@@ -154,6 +154,12 @@ def entries(
     return tuple(Entry(**row) for row in connection.execute(query).mappings())
 
 
+def latest(connection: Connection, *, key_id: str, limit: int) -> tuple[Entry, ...]:
+    """The last `limit` entries of one key, oldest first."""
+    query = select(LOG).where(LOG.c.key_id == key_id).order_by(LOG.c.seq.desc()).limit(limit)
+    return tuple(Entry(**row) for row in connection.execute(query).mappings())[::-1]
+
+
 def verify(connection: Connection, anchor: Head | None = None) -> list[str]:
     """Walks the whole log and names the first thing wrong with it; empty when it is whole.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Final
 
 from trocar import errors
 from trocar.gate import release
@@ -21,6 +22,8 @@ from trocar.gate.release import Released
 from trocar.graph.cost import Cost, Prices, token_bits
 from trocar.graph.facts import ModelFacts
 from trocar.wire import results as r
+
+ACCOUNT_ENTRIES: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +91,13 @@ class Gate:
         """Admits a request, or hands back the bytes it already got under this idempotency key.
 
         Raises:
-            PolicyRefusal: `budget_exhausted`; nothing is spent.
+            PolicyRefusal: `budget_exhausted`, or `not_allowed` for an open-tier key on weights that are not
+                open; nothing is spent.
             Conflict: `idempotency_conflict`, `still_running`.
         """
+        if principal.tier is Tier.open and not facts.open_weights:
+            reason = f"the weights of {facts.name!r} are not open, and the key's tier 'open' has no cap"
+            raise errors.refuse("not_allowed", "", reason)
         admitted = self.ledger.reserve(
             principal,
             self.lineage(facts),
@@ -122,7 +129,7 @@ class Gate:
 
     def account(self, principal: Principal, models: Mapping[str, ModelFacts]) -> r.LedgerView:
         """The caller's own budgets and entries."""
-        entries = self.ledger.entries(key_id=principal.key_id, limit=1000)
+        entries = self.ledger.latest(principal.key_id, ACCOUNT_ENTRIES)
         return r.LedgerView(
             key=principal.key_id,
             budgets={name: self.budget(principal, facts) for name, facts in models.items()},

@@ -206,6 +206,11 @@ class Ledger:
         with self._database.read() as connection:
             return chain.entries(connection, after_seq=after_seq, limit=limit, key_id=key_id, lineage=lineage)
 
+    def latest(self, key_id: str, limit: int) -> tuple[Entry, ...]:
+        """The last `limit` entries of one key, oldest first."""
+        with self._database.read() as connection:
+            return chain.latest(connection, key_id=key_id, limit=limit)
+
     def head(self) -> Head:
         """The end of the log; keep one elsewhere as an anchor for `verify`."""
         with self._database.read() as connection:

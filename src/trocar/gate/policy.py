@@ -100,7 +100,7 @@ class Policy:
         ServerFault: `bad_bits` for anything that is not an int in range.
     """
 
-    scalar_bits: int = 24
+    scalar_bits: int = 32
     overhead_bits: int = 256
     trusted_ppm: int = 10_000
     external_ppm: int = 1_000

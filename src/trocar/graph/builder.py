@@ -198,7 +198,7 @@ class SiteProxy:
         self._name = name
 
     def __getitem__(self, layer: int | slice | Sequence[int]) -> Any:
-        if isinstance(layer, int) and not isinstance(layer, bool):
+        if isinstance(layer, int):
             return SiteRows(self._recorder, self._place(layer))
         count = self._recorder.model.n_layers
         picked = range(*layer.indices(count)) if isinstance(layer, slice) else layer

@@ -74,7 +74,7 @@ def parse(text: str, path: str) -> Selector:
     """
     if text == "all":
         return Selector("all", Span(None, None), Span(None, None))
-    match = _FORM.match(text)
+    match = _FORM.fullmatch(text)
     if match is None:
         raise errors.refuse(
             "bad_position", path, f"{text[:80]!r} is not a position selector", closest=_nearest(text)

@@ -6,14 +6,13 @@ prompt has several stored rows they share its label and never stand on both side
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-import hashlib
-
 import numpy as np
+import numpy.typing as npt
 
 from trocar import analysis, errors
 from trocar.gate.gate import Gate, Hold
@@ -26,26 +25,13 @@ from trocar.store import Reader, Store
 from trocar.wire import results as r
 from trocar.wire.requests import FitRequest
 
+_CLASS_METRICS: Final = (
+    "auroc", "auroc_low", "auroc_high", "auroc_shuffled", "auroc_train", "accuracy", "accuracy_train", "direction_norm",
+)  # fmt: skip
 METRICS: Final = {
-    "logistic": (
-        "auroc",
-        "auroc_low",
-        "auroc_high",
-        "auroc_shuffled",
-        "auroc_train",
-        "accuracy",
-        "accuracy_train",
-    ),
-    "mean_diff": (
-        "auroc",
-        "auroc_low",
-        "auroc_high",
-        "auroc_shuffled",
-        "auroc_train",
-        "accuracy",
-        "accuracy_train",
-    ),
-    "ridge": ("r2", "r2_low", "r2_high", "r2_shuffled", "r2_train"),
+    "logistic": _CLASS_METRICS,
+    "mean_diff": _CLASS_METRICS,
+    "ridge": ("r2", "r2_low", "r2_high", "r2_shuffled", "r2_train", "direction_norm"),
 }
 
 
@@ -135,7 +121,7 @@ class Fit:
         return self.reader.read(site)
 
     def _save(self, result: analysis.FitResult) -> str:
-        arrays = {
+        arrays: dict[str, dict[str, npt.NDArray[Any]]] = {
             site: {
                 "direction": f.direction,
                 "weights": f.weights,
@@ -155,7 +141,7 @@ class Fit:
             fingerprint=self.reader.info.fingerprint,
             n_train=len(result.train),
             n_test=len(result.test),
-            sites=tuple(r.SiteMetrics(site=s, metrics=_numbers(f.metrics)) for s, f in result.sites.items()),
+            sites=tuple(r.SiteMetrics(site=s, metrics=_numbers(f)) for s, f in result.sites.items()),
         )
         facts = self.served.facts
         receipt = r.Receipt(
@@ -173,13 +159,14 @@ class Fit:
         return r.RunResult(outputs={"fit": output}, tokens=(), receipt=receipt)
 
 
-def _numbers(metrics: analysis.ClassMetrics | analysis.RidgeMetrics) -> Mapping[str, float]:
+def _numbers(fit: analysis.SiteFit) -> dict[str, float]:
+    metrics, norm = fit.metrics, float(np.linalg.norm(fit.direction))
     low, high = metrics.interval
     if isinstance(metrics, analysis.RidgeMetrics):
-        values = (metrics.test_r2, low, high, metrics.control_r2, metrics.train_r2)
-        return dict(zip(METRICS["ridge"], values, strict=True))
+        r2 = (metrics.test_r2, low, high, metrics.control_r2, metrics.train_r2, norm)
+        return dict(zip(METRICS["ridge"], r2, strict=True))
     values = (
         metrics.test_auroc, low, high, metrics.control_auroc, metrics.train_auroc,
-        metrics.test_accuracy, metrics.train_accuracy,
+        metrics.test_accuracy, metrics.train_accuracy, norm,
     )  # fmt: skip
-    return dict(zip(METRICS["logistic"], values, strict=True))
+    return dict(zip(_CLASS_METRICS, values, strict=True))

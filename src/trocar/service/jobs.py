@@ -129,7 +129,7 @@ class Jobs:
             released = work(job)
         except errors.TrocarError as e:
             self._end(job, "CANCELLED" if e.code == "cancelled" else "FAILED", error=e)
-        except Exception:  # noqa: BLE001 - the last line: a fault of ours must end the job, and says nothing
+        except Exception:
             log.exception("job %s failed", job.id)
             self._end(job, "FAILED", error=errors.refuse("internal", "", "the job could not be run"))
         else:

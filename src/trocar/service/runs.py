@@ -156,9 +156,9 @@ class Run:
             names=tuple(self._value_name(ref) for ref in node.of),
             prompts=prompts,
             positions=positions,
-            ids=_tuples(outcome.ids.tolist()),
+            ids=tuple(tuple(tuple(k) for k in rows) for rows in outcome.ids.tolist()),
             texts=tuple(tuple(tuple(text[i] for i in k) for k in rows) for rows in outcome.ids.tolist()),
-            logprobs=_tuples(outcome.logprobs.tolist()),
+            logprobs=tuple(tuple(tuple(k) for k in rows) for rows in outcome.logprobs.tolist()),
         )
 
     def _value_name(self, ref: str) -> str:
@@ -186,10 +186,6 @@ class Run:
 
 def _rows(tags: RowTags) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(tags.prompts.tolist()), tuple(tags.positions.tolist())
-
-
-def _tuples(nested: list[list[list[float]]]) -> tuple[tuple[tuple[float, ...], ...], ...]:
-    return tuple(tuple(tuple(k) for k in rows) for rows in nested)
 
 
 def _capture(outcome: Captured, writer: Writer) -> r.CaptureOutput:

@@ -39,7 +39,8 @@ def pack(body: bytes, vectors: Vectors) -> bytes:
     for name, vector in vectors.items():
         _check_vector(name, vector)
     dense = {name: np.ascontiguousarray(v, dtype=np.float32) for name, v in vectors.items()}
-    return _HEAD.pack(MAGIC, len(body)) + body + save(dense)
+    tail: bytes = save(dense)
+    return _HEAD.pack(MAGIC, len(body)) + body + tail
 
 
 def unpack(frame: bytes) -> tuple[bytes, dict[str, npt.NDArray[np.float32]]]:

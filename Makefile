@@ -1,0 +1,67 @@
+# Everything a contributor runs. Needs GNU make and Python 3.11 or newer; the rest is installed into .venv.
+#   make demo    a tour of Trocar on a small model, ending in report.html
+#   make test    every test
+#   make check   what CI runs: format, lint, types, layers, docs, tests
+#   make sizes   lengths of functions and files;   make bench   benchmarks;   make docs   the site in site/
+
+SHELL := /bin/bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# What is installed follows from these files alone.
+PINS := pyproject.toml constraints.txt
+# Two threads on small tensors cost more than one saves, and results must not depend on the machine.
+export OMP_NUM_THREADS ?= 1
+export PYTHONHASHSEED ?= 0
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format lint types layers docs sizes bench clean
+
+help:
+	@sed -n '2,6s/^# *//p' Makefile
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer was found; set PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# One pip command: the constraint on torch must hold before anything else can pull another build of it.
+$(VENV)/.dev: $(PINS) | $(VENV)/bin/python
+	$(PIP) install --quiet --quiet -c constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.demo: $(PINS) | $(VENV)/bin/python
+	$(PIP) install --quiet --quiet -c constraints.txt -e ".[server,demo]"
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/trocar demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: format lint types layers docs test
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+layers: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+sizes: $(VENV)/bin/python
+	@$(BIN)/python scripts/sizes.py
+
+bench: $(VENV)/.dev
+	@$(BIN)/python scripts/benches.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

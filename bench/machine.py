@@ -1,0 +1,27 @@
+"""What machine a result was measured on, and the line every benchmark ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+
+
+def describe() -> str:
+    """CPU model, cores, Python and torch, in one line."""
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    names = (
+        [x.partition(":")[2].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    cpu = names[0] if names else platform.processor()
+    return f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def finish(bench: str, ratios: dict[str, float], goals: dict[str, float]) -> None:
+    """Prints the last line."""
+    print(json.dumps({"bench": bench, "machine": describe(), "ratios": ratios, "goals": goals}))

@@ -1,0 +1,46 @@
+"""Runs every `bench/NAME.py` alone, one after the other, and keeps its last line: `make bench`.
+
+A benchmark is a module that prints one JSON object as its last line. It goes to `bench/results/NAME.json`, the
+only place that documents may quote numbers from. Arguments are passed on: `make bench ARGS=--quick`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT_S = 1800
+
+
+def run(name: str, args: list[str]) -> bool:
+    """Runs one benchmark and stores its result; False when it failed or printed no JSON object."""
+    print(f"== {name}", flush=True)
+    command = [sys.executable, "-m", f"bench.{name}", *args]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=False)
+    print(done.stdout, end="", flush=True)
+    lines = done.stdout.strip().splitlines()
+    try:
+        result = json.loads(lines[-1]) if done.returncode == 0 and lines else None
+    except json.JSONDecodeError:
+        result = None
+    if not isinstance(result, dict):
+        print(f"{name}: no result", file=sys.stderr)
+        return False
+    (ROOT / "bench" / "results").mkdir(exist_ok=True)
+    (ROOT / "bench" / "results" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    return True
+
+
+def main() -> int:
+    names = sorted(p.stem for p in (ROOT / "bench").glob("*.py") if not p.stem.startswith("_"))
+    if not names:
+        print("There are no benchmarks yet.")
+        return 0
+    return int(not all([run(name, sys.argv[1:]) for name in names]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

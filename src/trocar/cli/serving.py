@@ -1,0 +1,95 @@
+"""One HTTP server around an assembled service: limits, the moment it is ready, and a stop within `GRACE_S`.
+
+At SIGTERM or SIGINT the engines stop first, which ends every request that waits for them; then uvicorn drains,
+then store and ledger close. When a batch or a fit takes longer than the grace, the process ends without it:
+the ledger charges what it held at the next start, and the store drops its rows.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Final
+
+import uvicorn
+from anyio import to_thread
+
+from trocar.api.app import create_app
+from trocar.cli.address import Address
+from trocar.service.compose import Assembly
+
+GRACE_S: Final = 4.5
+DRAIN_S: Final = 2
+CONNECTIONS: Final = 256
+KEEP_ALIVE_S: Final = 15
+HEADER_BYTES: Final = 32 << 10
+LATE: Final = "stopped before the running batch or fit ended: the next start charges what it held"
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn, with our beginning and our end."""
+
+    def __init__(self, assembly: Assembly, log_level: str, on_ready: Callable[[], None]) -> None:
+        super().__init__(_config(assembly, log_level))
+        self._assembly = assembly
+        self._on_ready = on_ready
+        self._stopping = threading.Event()
+        self._closed = threading.Event()
+
+    def serve_until_stopped(self, address: Address) -> None:
+        """Serves until SIGTERM or SIGINT, then closes everything. Call it on the main thread."""
+        try:
+            self.run(sockets=[address.socket])
+        except KeyboardInterrupt:
+            pass  # uvicorn repeats the signal that stopped it
+        finally:
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, signal.SIG_IGN)
+            self._assembly.service.close()
+            self._closed.set()
+
+    async def startup(self, sockets: list[object] | None = None) -> None:
+        await super().startup(sockets)  # type: ignore[arg-type]
+        # a request that waits for its job keeps a thread; with the default of 40, 40 of them stop everybody
+        to_thread.current_default_thread_limiter().total_tokens = CONNECTIONS
+        self._on_ready()
+
+    async def shutdown(self, sockets: list[object] | None = None) -> None:
+        threading.Thread(target=self._assembly.halt, name="trocar-halt", daemon=True).start()
+        await super().shutdown(sockets)  # type: ignore[arg-type]
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self._stopping.is_set():
+            self._stopping.set()
+            threading.Thread(target=self._watch, name="trocar-grace", daemon=True).start()
+        super().handle_exit(sig, frame)
+
+    def _watch(self) -> None:
+        """Ends the process when the grace is over; threads that nobody can interrupt would keep it."""
+        on_time = self._closed.wait(GRACE_S)
+        if not on_time:
+            print(LATE, file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def _config(assembly: Assembly, log_level: str) -> uvicorn.Config:
+    return uvicorn.Config(
+        create_app(assembly.service),
+        loop="asyncio",
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level=log_level,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=DRAIN_S,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+    )

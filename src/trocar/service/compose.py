@@ -1,0 +1,83 @@
+"""Puts a server together from models on this machine, a store folder and an open gate; and looks at a store
+that a live server may be using. Above this room nobody names an engine or the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from trocar.engine.hf.engine import HFEngine
+from trocar.gate.gate import Gate
+from trocar.models.load import load
+from trocar.service.prepare import Served
+from trocar.service.service import Service
+from trocar.store import Store
+
+LOOKS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """A service with the models it was made from."""
+
+    service: Service
+    served: tuple[Served, ...]
+
+    def halt(self) -> None:
+        """Stops the engines, so that what waits for them fails now; store and ledger stay open."""
+        for served in self.served:
+            served.engine.close()
+
+
+def assemble(refs: Sequence[str], store: Path, gate: Gate, *, threads: int | None = None) -> Assembly:
+    """Loads and validates the models, opens the store, and joins them.
+
+    Args:
+        refs: catalog names, hub ids with a revision, or directories; see `models.load`.
+        store: folder of the store.
+        gate: open; closed by `Service.close` from then on, by the caller when this raises.
+        threads: torch threads for the whole process; unchanged when None.
+
+    Raises:
+        NotFound, RunFailed: as `models.load`.
+        PolicyRefusal: `limit_changed` when the ledger knows a model's lineage with other numbers.
+    """
+    with ExitStack() as undo:
+        served = []
+        for ref in refs:
+            loaded = load(ref, threads=threads)
+            engine = HFEngine(loaded)
+            undo.callback(engine.close)
+            served.append(Served(loaded, engine))
+        opened = Store(store)
+        undo.callback(opened.close)
+        service = Service(served, opened, gate)
+        undo.pop_all()
+    return Assembly(service, tuple(served))
+
+
+def store_problems(root: Path) -> list[str]:
+    """What is wrong with the store in `root`, also while a server writes to it.
+
+    Between a file's rename and the transaction that lists it another process sees a difference that is none,
+    so only what several looks in a row find is reported. Opening a store that nobody has open sweeps what a
+    crash left, as the next start of the server would.
+    """
+    with Store(root) as store:
+        found = _look(store)
+        for _ in range(LOOKS - 1):
+            if found:
+                again = set(_look(store))
+                found = [problem for problem in found if problem in again]
+    return found
+
+
+def _look(store: Store) -> list[str]:
+    try:
+        return store.check()
+    except FileNotFoundError as e:  # deleted by the server between two steps of the look, or really gone
+        return [f"{e.filename}: vanished during the check"]

@@ -1,0 +1,89 @@
+"""The two doors to the network: only `gate/release.py` makes `Released`, only `answer` makes a response."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+import pytest
+from source_tree import called, dotted, modules, name_of, tree
+
+from trocar.gate.release import Released
+
+# The page that shows the API and its script files: public, the same for everybody, shipped in a package.
+PAGES = {("api/openapi.py", "page", "get_swagger_ui_html"), ("api/openapi.py", "mount", "StaticFiles")}
+
+
+def calls(module: ast.Module) -> Iterator[tuple[str, str]]:
+    """(innermost enclosing function, dotted name called) of every call."""
+
+    def walk(node: ast.AST, inside: str) -> Iterator[tuple[str, str]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Call):
+                yield inside, called(child)
+            named = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            yield from walk(child, child.name if named else inside)
+
+    yield from walk(module, "")
+
+
+def answers(module: ast.Module, name: str) -> set[tuple[str, str, str]]:
+    """Every place that makes something a client receives."""
+    made = ("Response", "get_swagger_ui_html", "get_redoc_html", "StaticFiles", "send", "jsonable_encoder")
+    return {(name, where, what) for where, what in calls(module) if what.split(".")[-1].endswith(made)}
+
+
+def test_only_answer_makes_responses() -> None:
+    found = set().union(*(answers(tree(p), name_of(p)) for p in modules("api")))
+    assert found == {("api/app.py", "answer", "Response"), *PAGES}
+
+
+def test_another_response_would_be_noticed() -> None:
+    planted = ast.parse("def leak(x):\n    return starlette.responses.JSONResponse(x)")
+    assert answers(planted, "api/x.py") == {("api/x.py", "leak", "starlette.responses.JSONResponse")}
+
+
+def test_responses_are_made_in_api_alone() -> None:
+    outside = [p for p in modules() if not name_of(p).startswith(("api/", "client/", "cli/"))]
+    assert set().union(*(answers(tree(p), name_of(p)) for p in outside)) == set()
+
+
+def makes_released(module: ast.Module) -> list[str]:
+    """Calls of the class, of its `__new__`, and subclasses."""
+    made = [what for _, what in calls(module) if what.split(".")[-1] == "Released" or "Released.__" in what]
+    news = [
+        "object.__new__(Released)"
+        for node in ast.walk(module)
+        if isinstance(node, ast.Call) and called(node).endswith("__new__")
+        and any(dotted(a).endswith("Released") for a in node.args)
+    ]  # fmt: skip
+    classes = [n for n in ast.walk(module) if isinstance(n, ast.ClassDef)]
+    return made + news + [c.name for c in classes if any(dotted(b).endswith("Released") for b in c.bases)]
+
+
+def test_only_release_makes_released() -> None:
+    assert [name_of(p) for p in modules() if makes_released(tree(p))] == ["gate/release.py"]
+
+
+@pytest.mark.parametrize("line", ["release.Released(s, b'', 200, None)", "object.__new__(Released)", "class X(Released): pass"])  # fmt: skip
+def test_making_one_elsewhere_would_be_noticed(line: str) -> None:
+    assert makes_released(ast.parse(line))
+
+
+def test_released_has_a_seal() -> None:
+    with pytest.raises(TypeError, match=r"trocar\.gate\.release"):
+        Released(object(), b"{}", 200, None)
+
+
+def test_every_route_goes_through_released() -> None:
+    """A route returns what `answer` made; FastAPI never encodes a value of ours by itself."""
+    routes = {
+        node.name: {called(c).split(".")[-1] for c in ast.walk(node) if isinstance(c, ast.Call)}
+        for path in modules("api")
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.AsyncFunctionDef)
+        and any(isinstance(d, ast.Call) and called(d).split(".")[0] in ("router", "app") for d in node.decorator_list)
+    }  # fmt: skip
+    assert len(routes) >= 15
+    stray = {n for n, used in routes.items() if not used & {"answer", "_off_loop"}} - {"page"}
+    assert stray == set()
