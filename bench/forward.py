@@ -27,6 +27,7 @@ from trocar.models.load import Loaded, load
 
 N_PROMPTS, LENGTH = 32, 24
 TOKENS = [100, 200]
+GOALS = {"no_program": 0.97, "edit_one_layer": 0.95, "capture_one_layer": 0.95, "capture_all_layers": 0.9}
 
 
 class Rows:
@@ -119,14 +120,9 @@ def main() -> None:
             ratios[name].append(limit / cpu(verb))
     engine.close()
     for name, values in ratios.items():
-        print(
-            f"{name:<20} {statistics.median(values):.3f} of the plain forward (min {min(values):.3f}, max {max(values):.3f})"
-        )
-    finish(
-        "forward",
-        {n: round(statistics.median(v), 4) for n, v in ratios.items()},
-        {"no_program": 0.97, "edit_one_layer": 0.95, "capture_one_layer": 0.95, "capture_all_layers": 0.85},
-    )
+        low, mid, high = min(values), statistics.median(values), max(values)
+        print(f"{name:<20} {mid:.3f} of the plain forward (min {low:.3f}, max {high:.3f})")
+    finish("forward", {n: round(statistics.median(v), 4) for n, v in ratios.items()}, GOALS)
 
 
 if __name__ == "__main__":

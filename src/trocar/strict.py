@@ -34,23 +34,24 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def read_json(raw: bytes, longest: Mapping[str, int] | None = None) -> Any:
+def read_json(raw: bytes, longest: Mapping[str, int] | None = None, most_keys: int = MAX_KEYS) -> Any:
     """Decodes one JSON document in time linear in its length.
 
     Args:
         raw: UTF-8 JSON.
         longest: most items of the lists under these keys.
+        most_keys: most keys of one object.
 
     Raises:
         BadRequest: `bad_json`, `duplicate_key`, `not_finite` or `too_large` (nested too deeply, or an object
-            with more than `MAX_KEYS` keys).
+            with too many keys).
         ProgramError: `bad_value` for an integer of more than `MAX_DIGITS` digits, `too_many_nodes`.
     """
     _check_depth(raw)
     try:
         return json.loads(
             raw.decode("utf-8"),
-            object_pairs_hook=partial(_object, longest or {}),
+            object_pairs_hook=partial(_object, longest or {}, most_keys),
             parse_constant=_no_constant,
             parse_float=_finite,
             parse_int=_short_int,
@@ -68,9 +69,9 @@ def _check_depth(raw: bytes) -> None:
             raise errors.refuse("too_large", "$", f"the JSON is nested deeper than {MAX_DEPTH} levels")
 
 
-def _object(longest: Mapping[str, int], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(pairs) > MAX_KEYS:
-        raise errors.refuse("too_large", "$", f"an object of {len(pairs)} keys; the limit is {MAX_KEYS}")
+def _object(longest: Mapping[str, int], most: int, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > most:
+        raise errors.refuse("too_large", "$", f"an object of {len(pairs)} keys; the limit is {most}")
     out: dict[str, Any] = {}
     for key, value in pairs:
         if key in out:
@@ -158,9 +159,7 @@ _KIND_AT: Final = {
 }
 
 
-def _refusals(
-    found: Sequence[Any], data: Any, options: Mapping[str, Sequence[str]]
-) -> list[errors.Refusal]:
+def _refusals(found: Sequence[Any], data: Any, options: Mapping[str, Sequence[str]]) -> list[errors.Refusal]:
     """One refusal per place: branches of a union agree on a place, and an inner finding explains an outer."""
     places: dict[str, list[Any]] = {}
     for item in found[: 10 * MAX_FINDINGS]:

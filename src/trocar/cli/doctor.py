@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import typer
 
 from trocar.cli import show
 from trocar.cli.folder import DataOption, Folder
 from trocar.cli.show import JsonOption
+
+if TYPE_CHECKING:
+    from trocar.cli.checks import Finding
 
 COLOURS: Final = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -29,15 +32,10 @@ def doctor(data: DataOption = None, json: JsonOption = False) -> None:
         raise typer.Exit(1)
 
 
-def _print(finding: object) -> None:
-    from rich.console import Console
+def _print(finding: Finding) -> None:
     from rich.text import Text
 
-    from trocar.cli.checks import Finding
-
-    assert isinstance(finding, Finding)
-    line = Text.assemble((f"{finding.level:5}", COLOURS[finding.level]), f"{finding.check:9} {finding.said}")
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(line)
+    level = (f"{finding.level:5}", COLOURS[finding.level])
+    show.drawing(Text.assemble(level, f"{finding.check:9} {finding.said}"))
     if finding.next_step:
-        console.print(Text(f"{'':15}next: {finding.next_step}"))
+        show.drawing(Text(f"{'':15}next: {finding.next_step}"))

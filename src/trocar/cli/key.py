@@ -1,4 +1,4 @@
-"""`trocar key`: make, list and end API keys. It works beside a running server: a ledger takes many processes."""
+"""`trocar key`: make, list and end API keys, also beside a running server: a ledger takes many processes."""
 
 from __future__ import annotations
 

@@ -120,15 +120,17 @@ def _size_bytes(home: Path) -> int:
 
 
 def _print_facts(facts: ModelFacts, license_: str, validation_s: float) -> None:
+    weights = "open" if facts.open_weights else "a secret: releases are capped"
+    heads = f"{facts.n_heads} heads of {facts.d_head} ({facts.n_kv_heads} key-value)"
+    shape = f"{facts.n_layers} layers, d_model {facts.d_model}, d_mlp {facts.d_mlp}, {heads}"
     rows = [
         ("name", facts.name),
         ("family", f"{facts.family}, {facts.dtype}"),
         ("parameters", f"{facts.parameters:,} ({show.bits(facts.weight_bits)} as published)"),
-        ("licence", f"{license_}; weights are {'open' if facts.open_weights else 'a secret: releases are capped'}"),
+        ("licence", f"{license_}; weights are {weights}"),
         ("lineage", facts.lineage),
         ("fingerprint", facts.fingerprint),
-        ("shape", f"{facts.n_layers} layers, d_model {facts.d_model}, d_mlp {facts.d_mlp}, "
-                  f"{facts.n_heads} heads of {facts.d_head} ({facts.n_kv_heads} key-value)"),
+        ("shape", shape),
         ("context", f"{facts.context} tokens, vocabulary {facts.vocab_size}"),
         ("sites", f"{len(facts.sites)} validated in {validation_s:.1f} s: {', '.join(facts.sites)}"),
         *((f"not {site}", reason) for site, reason in facts.unavailable.items()),

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 DEFAULT_MODEL: Final = "smollm2-135m-instruct"
 DEFAULT_PORT: Final = 8765
 ISOLATION: Final = (
-    "isolation: process. Programs are data and cannot run code; but all tenants share this process, so nothing "
-    "protects one from another's load, from timing, or from a fault in it."
+    "isolation: process. Programs are data and cannot run code; but all tenants share this process, so "
+    "nothing protects one from another's load, from timing, or from a fault in it."
 )
 NO_TLS: Final = (
     "warning: there is no TLS on {host}: keys and results can be read on the way. Put a TLS proxy in front."
@@ -151,7 +151,7 @@ def _saved_secret(gate: Gate) -> str | None:
         raise errors.refuse(
             "bad_argument",
             "save-key",
-            "this ledger has keys already, their secrets cannot be read again, and the SDK's config has none of them",
+            "this ledger has keys, no secret can be read again, and the SDK's config holds none of them",
             next_step="Leave --save-key out and set TROCAR_API_KEY; `trocar key create` makes another key.",
         ) from None
     return str(found)

@@ -1,14 +1,15 @@
 """One HTTP server around an assembled service: limits, the moment it is ready, and a stop within `GRACE_S`.
 
-At SIGTERM or SIGINT the engines stop first, which ends every request that waits for them; then uvicorn drains,
-then store and ledger close. When a batch or a fit takes longer than the grace, the process ends without it:
-the ledger charges what it held at the next start, and the store drops its rows.
+At SIGTERM or SIGINT the engines stop first, which ends every request that waits for them; then uvicorn
+drains, then store and ledger close. When a batch or a fit takes longer than the grace, the process ends
+without it: the ledger charges what it held at the next start, and the store drops its rows.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -52,15 +53,15 @@ class HttpServer(uvicorn.Server):
             self._assembly.service.close()
             self._closed.set()
 
-    async def startup(self, sockets: list[object] | None = None) -> None:
-        await super().startup(sockets)  # type: ignore[arg-type]
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
         # a request that waits for its job keeps a thread; with the default of 40, 40 of them stop everybody
         to_thread.current_default_thread_limiter().total_tokens = CONNECTIONS
         self._on_ready()
 
-    async def shutdown(self, sockets: list[object] | None = None) -> None:
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         threading.Thread(target=self._assembly.halt, name="trocar-halt", daemon=True).start()
-        await super().shutdown(sockets)  # type: ignore[arg-type]
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self._stopping.is_set():

@@ -9,9 +9,12 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PIPE_COLUMNS: Final = 240
@@ -25,17 +28,27 @@ def as_json(value: Any) -> None:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Prints a table; in a pipe it is as wide as it needs to be."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
     drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         drawn.add_column(column, overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))
-    console.print(drawn)
+    drawing(drawn)
+
+
+def drawing(*parts: RenderableType) -> None:
+    """Prints what rich draws, one part per line; lines are folded in a terminal only."""
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
+    with console.capture() as drawn:
+        for part in parts:
+            console.print(part, soft_wrap=not sys.stdout.isatty())
+    # through print, not rich: rich ends the process itself (code 1) when the reader of a pipe has gone
+    print(drawn.get(), end="", flush=True)
 
 
 def bits(amount: int | None) -> str:
@@ -55,13 +68,10 @@ def size(amount_bytes: int) -> str:
 def _scaled(amount: int, unit: str) -> str:
     if abs(amount) < 10_000:
         return f"{amount} {unit}"
-    value = float(amount)
-    prefix = ""
-    for prefix in _STEPS:
-        value /= 1000
-        if abs(value) < 999.5:
-            break
-    return f"{value:.3g} {prefix}{unit}"
+    value, step = amount / 1000, 0
+    while abs(value) >= 999.5 and step < len(_STEPS) - 1:
+        value, step = value / 1000, step + 1
+    return f"{value:.3g} {_STEPS[step]}{unit}"
 
 
 def when(time_ms: int | None) -> str:

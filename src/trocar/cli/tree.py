@@ -1,35 +1,23 @@
 """The tree of commands: which noun and verb is which function. The only place that lists them.
 
-`LATER` holds commands whose module is imported only when they are called; everything else is light enough to
-import. Help is plain text: it reads the same in a terminal, a pipe and a log.
+Every verb's module is light and imports what it works with when it is called. Help is plain text: it reads the
+same in a terminal, a pipe and a log.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from trocar import __version__, errors
-from trocar.cli import doctor, key, ledger, model, ops, serve
-
-
-@dataclass(frozen=True, slots=True)
-class Later:
-    """A command that is imported when it is called: `module:function`, and its line in the help."""
-
-    target: str
-    doc: str
-
-
-LATER: Final = {
-    "demo": Later("trocar.cli.demo.command:demo", "Shows what Trocar does, on a real model, in one report.")
-}
-_PASS_ON: Final = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+from trocar.cli import key, ledger, model
+from trocar.cli.demonstrate import demo
+from trocar.cli.doctor import doctor
+from trocar.cli.ops import ops
+from trocar.cli.serve import serve
 
 
 class Group(TyperGroup):
@@ -52,14 +40,13 @@ def command() -> Any:
     """The whole tree, as something with click's `main(args, prog_name, standalone_mode)`."""
     root = _app("Interpretability on language models you may never download.")
     root.callback()(_root)
-    root.command()(serve.serve)
-    for name, later in LATER.items():
-        root.command(name, help=later.doc, context_settings=dict(_PASS_ON))(_later(name, later))
+    root.command()(serve)
+    root.command()(demo)
     _noun(root, "model", "Models on this machine.", model.pull, model.list_, model.show_)
     _noun(root, "key", "API keys: tenants, tiers, roles.", key.create, key.list_, key.revoke)
     _noun(root, "ledger", "Budgets and the hash-chained log.", ledger.show_, ledger.verify, ledger.log)
-    root.command()(ops.ops)
-    root.command()(doctor.doctor)
+    root.command()(ops)
+    root.command()(doctor)
     return typer.main.get_command(root)
 
 
@@ -76,18 +63,6 @@ def _noun(root: typer.Typer, name: str, doc: str, *verbs: Callable[..., None]) -
     for verb in verbs:
         noun.command(verb.__name__.rstrip("_"))(verb)
     root.add_typer(noun, name=name)
-
-
-def _later(name: str, later: Later) -> Callable[[typer.Context], None]:
-    def call(ctx: typer.Context) -> None:
-        module, _, function = later.target.partition(":")
-        app = _app(later.doc)
-        app.command(name)(getattr(importlib.import_module(module), function))
-        path = f"{ctx.parent.command_path if ctx.parent else 'trocar'} {name}"
-        code = typer.main.get_command(app).main(args=list(ctx.args), prog_name=path, standalone_mode=False)
-        raise typer.Exit(code if isinstance(code, int) else 0)
-
-    return call
 
 
 def _version(asked: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import httpx
 
-from trocar import errors, sites
+from trocar import errors, sites, strict
 from trocar.client.handles import Probe, Stored, StoredRows
 from trocar.client.notebook import ProgressLine
 from trocar.client.results import Plan, Results, Text
@@ -118,7 +118,8 @@ class AsyncActivations:
         Raises:
             ProgramError: `bad_labels`, `too_few_rows`.
         """
-        request = q.FitRequest(
+        request = strict.make(
+            q.FitRequest,
             handle=self.handle,
             kind=kind,
             labels=tuple(plain(x) for x in labels),
@@ -223,7 +224,7 @@ class AsyncModel:
 
     async def tokenize(self, text: str) -> list[tuple[int, str]]:
         """Token ids with their texts, as the model sees the text."""
-        request = q.TokenizeRequest(model=self.name, texts=(text,))
+        request = strict.make(q.TokenizeRequest, model=self.name, texts=(text,))
         view = (await self._client.transport.post("/v1/tokenize", request)).view(r.TokensView)
         return list(zip(view.ids[0], view.texts[0], strict=True))
 
@@ -239,7 +240,7 @@ def generation_of(fields: dict[str, Any]) -> Generation:
             raise errors.refuse(
                 "bad_argument", name, f"{name!r} is not an option of a generation", closest=near
             )
-    return Generation(**fields)
+    return strict.make(Generation, **fields)
 
 
 def capture_request(

@@ -184,7 +184,8 @@ class Stored:
             if len(self.sites) == 1
             else f"{self.sites[0]} .. {self.sites[-1]} ({len(self.sites)} sites)"
         )
-        return f"Activations {self.handle}\n  {span}\n  {self.rows} rows each, float32, {bytes_text(self.bytes)} on the server, nothing downloaded"
+        size = f"{self.rows} rows each, float32, {bytes_text(self.bytes)} on the server, nothing downloaded"
+        return f"Activations {self.handle}\n  {span}\n  {size}"
 
     def html(self) -> str:
         rows = [[s, self.rows, self.widths[s]] for s in self.sites]

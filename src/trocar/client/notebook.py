@@ -21,7 +21,8 @@ def html_table(caption: str, head: Sequence[str], rows: Sequence[Sequence[object
         "<tr>" + "".join(f"<td style='{_CELL}'>{html.escape(str(c))}</td>" for c in row) + "</tr>"
         for row in rows
     )
-    return f"<table style='{_STYLE}'><caption style='text-align:left'>{html.escape(caption)}</caption><tr>{top}</tr>{body}</table>"
+    name = f"<caption style='text-align:left'>{html.escape(caption)}</caption>"
+    return f"<table style='{_STYLE}'>{name}<tr>{top}</tr>{body}</table>"
 
 
 def text_table(caption: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -59,6 +60,7 @@ class ProgressLine:
         if not self._live:
             return
         ahead = f"  {view.ahead} ahead" if view.ahead else ""
-        line = f"{view.state:<9} {view.job[:12]}  {view.done}/{view.total}{ahead}  {time.monotonic() - self._started_s:.1f}s"
+        took_s = time.monotonic() - self._started_s
+        line = f"{view.state:<9} {view.job[:12]}  {view.done}/{view.total}{ahead}  {took_s:.1f}s"
         self._stream.write(f"\r\x1b[2K{line}" + ("\n" if view.state in FINAL else ""))
         self._stream.flush()

@@ -46,6 +46,7 @@ class Gate:
 
     def __init__(self, url: str, policy: Policy | None = None, *, cap: Tier = Tier.external) -> None:
         self.policy = policy or Policy()
+        release.require_scalar_bits(self.policy.scalar_bits)
         self._cap = cap
         self._database = Database(url)
         self.keys = Keys(self._database)

@@ -36,13 +36,18 @@ class Released:
     """
 
     __slots__ = ("charge", "payload", "status")
+    payload: bytes
+    status: int
+    charge: r.Charge | None
 
     def __init__(self, seal: object, payload: bytes, status: int, charge: r.Charge | None) -> None:
         if seal is not _SEAL:
             raise TypeError("only trocar.gate.release makes Released values")
-        self.payload: Final = payload
-        self.status: Final = status
-        self.charge: Final = charge
+        for name, value in (("payload", payload), ("status", status), ("charge", charge)):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, _value: object) -> None:
+        raise TypeError(f"{name!r} of a Released value cannot be changed")
 
 
 def public(view: r.Public, status: int = 200) -> Released:
@@ -54,7 +59,7 @@ def public(view: r.Public, status: int = 200) -> Released:
 
 def refused(error: errors.TrocarError) -> Released:
     """Wraps a refusal. Its text is made from the request, never from activations."""
-    body = json.dumps(error.as_json(), ensure_ascii=False, separators=(",", ":"))
+    body = json.dumps(error.as_json(), separators=(",", ":"))  # ASCII: a lone surrogate has no UTF-8
     return Released(_SEAL, body.encode(), error.status, None)
 
 
@@ -82,11 +87,16 @@ def prepare(result: r.RunResult, cost: Cost, token_bits: int, scalar_bits: int) 
         RunFailed: `result_not_finite`.
         ServerFault: `internal` if any output counts more bits than its static price: nothing leaves.
     """
-    counts = {"overhead": cost.bits_out["overhead"], "receipts": cost.bits_out.get("receipts", 0)}
+    shared: tuple[str, ...] = ("overhead", "receipts", "lengths")
+    counts = {name: cost.bits_out[name] for name in shared if name in cost.bits_out}
+    if 2 * scalar_bits * len(result.receipt.edits) > counts.get("receipts", 0):
+        raise errors.refuse("internal", "receipts", "the receipts are larger than their price")
     outputs: dict[str, r.Output] = {}
     for name, output in result.outputs.items():
+        if name in counts or name not in cost.bits_out:
+            raise errors.refuse("internal", name, "an output without a price")
         outputs[name] = quantise(output, scalar_bits)
-        counts[name] = measure(output, token_bits, scalar_bits, cost.bits_out[name])
+        counts[name] = measure(output, token_bits, scalar_bits)
         if counts[name] > cost.bits_out[name]:
             raise errors.refuse("internal", name, "an output is larger than its price")
     receipt = result.receipt.model_copy(
@@ -109,10 +119,10 @@ def replay(payload: bytes, charge: r.Charge) -> Released:
     return Released(_SEAL, payload, 200, charge)
 
 
-def measure(output: r.Output, token_bits: int, scalar_bits: int, static_bits: int) -> int:
-    """Bits of one output as sent. Captures cost their static price: only row counts leave."""
+def measure(output: r.Output, token_bits: int, scalar_bits: int) -> int:
+    """Bits of one output as sent. A capture has none: its handle is random, its row counts are `lengths`."""
     if isinstance(output, r.LensOutput):
-        return sum(len(k) for rows in output.ids for k in rows) * (token_bits + scalar_bits)
+        return _leaves(output.ids) * token_bits + _leaves(output.logprobs) * scalar_bits
     if isinstance(output, r.LogprobsOutput):
         return sum(len(row) for row in output.logprobs) * scalar_bits
     if isinstance(output, r.ScoreOutput):
@@ -121,7 +131,11 @@ def measure(output: r.Output, token_bits: int, scalar_bits: int, static_bits: in
         return sum(len(row) + 1 for row in output.ids) * token_bits
     if isinstance(output, r.FitOutput):
         return sum(len(s.metrics) for s in output.sites) * scalar_bits
-    return static_bits
+    return 0
+
+
+def _leaves(nested: tuple[tuple[tuple[Any, ...], ...], ...]) -> int:
+    return sum(len(k) for rows in nested for k in rows)
 
 
 def quantise(output: r.Output, scalar_bits: int) -> r.Output:
@@ -151,9 +165,21 @@ def _receipt(edit: r.EditReceipt, scalar_bits: int) -> r.EditReceipt:
 
 
 def _round_row(row: tuple[float, ...], scalar_bits: int) -> tuple[float, ...]:
-    rounded = round_to_bits(np.asarray(row, dtype=np.float32), scalar_bits)
+    with np.errstate(over="ignore"):  # what overflows is an infinity, refused in the next line
+        values = np.asarray(row, dtype=np.float32)
+    rounded = round_to_bits(values, scalar_bits)
     # The shortest decimal that names the float32: the text is a function of the charged bits alone.
     return tuple(float(str(x)) for x in rounded)
+
+
+def require_scalar_bits(bits: int) -> None:
+    """Refuses a width that is no float: below 10 a mantissa bit is missing, above 32 there is nothing to send.
+
+    Raises:
+        ServerFault: `bad_bits`.
+    """
+    if not _SIGN_AND_EXPONENT < bits <= _SIGN_AND_EXPONENT + _MANTISSA:
+        raise errors.refuse("bad_bits", "scalar_bits", f"scalar_bits is {bits}; it must be in [10, 32]")
 
 
 def round_to_bits(values: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float32]:
@@ -165,11 +191,13 @@ def round_to_bits(values: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.
 
     Raises:
         RunFailed: `result_not_finite`.
+        ServerFault: `bad_bits`.
     """
+    require_scalar_bits(bits)
     if not (np.abs(values) < _LARGEST).all():  # also true for NaN
         raise errors.refuse("result_not_finite", "", "a result is NaN or infinite")
     drop = _MANTISSA - (bits - _SIGN_AND_EXPONENT)
-    if drop <= 0:
+    if drop == 0:
         return values
     raw = values.view(np.uint32)
     half = np.uint32((1 << (drop - 1)) - 1) + ((raw >> np.uint32(drop)) & np.uint32(1))

@@ -5,15 +5,19 @@
     t.resid_post[14][-1] = other      edit.set at the last prompt token
     t.lens(t.resid_post[:][-1])       a family of layers
 
-A value is recorded where the expression stands, so a read before an edit sees the stream before it. There is
-no source inspection and no order rule besides that. Reads nobody uses are dropped when the program is built.
+A value is recorded where the expression stands: a read before an edit of the same site sees the rows before
+it. Between sites the forward pass decides: a read sees every edit of an earlier site, wherever it stands.
+There is no source inspection. Reads nobody uses are dropped when the program is built.
 """
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol, Self, runtime_checkable
+from numbers import Real
+from typing import Any, Final, Literal, Protocol, SupportsIndex, runtime_checkable
 
 from trocar import errors, sites, strict
 from trocar.graph import ops
@@ -21,7 +25,7 @@ from trocar.graph.facts import ModelFacts
 from trocar.graph.program import Node, Program
 from trocar.graph.spec import EDITS, OUTPUTS, SPEC
 
-Position = int | slice | str
+Position = SupportsIndex | slice | str
 EditOp = Literal["edit.add", "edit.set", "edit.scale", "edit.project_out"]
 
 
@@ -67,23 +71,30 @@ def selector(position: Position) -> str:
     """
     if isinstance(position, str):
         return position
-    if isinstance(position, bool) or not isinstance(position, int | slice):
-        raise errors.refuse(
-            "bad_argument", "position", f"{position!r} is not an index, a slice or a selector"
-        )
-    if isinstance(position, int):
-        return f"prompt[{position}]"
+    if not isinstance(position, slice):
+        return f"prompt[{_whole(position, 'position', 'an index, a slice or a selector')}]"
     if position.step is not None:
         raise errors.refuse("bad_argument", "position", f"{position!r}: a step is not supported")
     if position.start is None and position.stop is None:
         return "prompt[*]"
-    return f"prompt[{'' if position.start is None else position.start}:{'' if position.stop is None else position.stop}]"
+    start, stop = (
+        "" if n is None else _whole(n, "position", "a bound of a slice")
+        for n in (position.start, position.stop)
+    )
+    return f"prompt[{start}:{stop}]"
+
+
+def _whole(number: Any, argument: str, wanted: str) -> int:
+    """An int, also from a numpy integer; True is not 1."""
+    if isinstance(number, bool) or not isinstance(number, SupportsIndex):
+        raise errors.refuse("bad_argument", argument, f"{number!r} is not {wanted}")
+    return operator.index(number)
 
 
 class Expr:
     """A value in a program: rows, scalars or a vector that exists only on the server."""
 
-    __hash__ = object.__hash__
+    __array_ufunc__ = None  # `array + expr` asks `__radd__`, not numpy
 
     def __init__(self, recorder: Recorder, node_id: str) -> None:
         self._recorder = recorder
@@ -114,6 +125,9 @@ class Expr:
         return self._recorder.binary(ops.Dot, self, other)
 
     __matmul__ = dot
+
+    def __rmatmul__(self, other: Any) -> Expr:
+        return self._recorder.binary(ops.Dot, other, self)
 
     def mean(self) -> Expr:
         """Mean over the selected positions of each prompt."""
@@ -158,17 +172,21 @@ class SiteRows(Expr):
     def __setitem__(self, position: Position, value: Any) -> None:
         self._recorder.assign(self.site, selector(position), value)
 
-    def __iadd__(self, value: Any) -> Self:
-        self._recorder.apply(EditSpec("edit.add", self.site, self.at, value))
-        return self
+    def __iadd__(self, value: Any) -> SiteRows:
+        return self._edited(EditSpec("edit.add", self.site, self.at, value))
 
-    def __isub__(self, value: Any) -> Self:
-        self._recorder.apply(EditSpec("edit.add", self.site, self.at, value, -1.0))
-        return self
+    def __isub__(self, value: Any) -> SiteRows:
+        return self._edited(EditSpec("edit.add", self.site, self.at, value, -1.0))
 
-    def __imul__(self, by: float) -> Self:
-        self._recorder.apply(EditSpec("edit.scale", self.site, self.at, None, by))
-        return self
+    def __imul__(self, by: float) -> SiteRows:
+        return self._edited(EditSpec("edit.scale", self.site, self.at, None, by))
+
+    def _edited(self, edit: EditSpec) -> SiteRows:
+        """The rows after the edit: after `h += v` the name h means those."""
+        self._recorder.apply(edit)
+        rows = SiteRows(self._recorder, self._site, self.at)
+        self._recorder.expect(rows)
+        return rows
 
 
 class SiteFamily:
@@ -197,26 +215,34 @@ class SiteProxy:
         self._recorder = recorder
         self._name = name
 
-    def __getitem__(self, layer: int | slice | Sequence[int]) -> Any:
-        if isinstance(layer, int):
-            return SiteRows(self._recorder, self._place(layer))
-        count = self._recorder.model.n_layers
-        picked = range(*layer.indices(count)) if isinstance(layer, slice) else layer
-        return SiteFamily(self._recorder, [self._place(i) for i in picked])
+    def __getitem__(self, layer: SupportsIndex | slice | Sequence[SupportsIndex]) -> Any:
+        if isinstance(layer, slice):
+            return SiteFamily(self._recorder, [self._place(i) for i in self._range(layer)])
+        if isinstance(layer, list | tuple | range):
+            return SiteFamily(self._recorder, [self._place(i) for i in layer])
+        return SiteRows(self._recorder, self._place(layer))
 
-    def __setitem__(self, layer: int, value: Any) -> None:
+    def __setitem__(self, layer: SupportsIndex, value: Any) -> None:
         self._recorder.assign(str(self._place(layer)), "all", value)
 
-    def _place(self, layer: int) -> sites.Site:
+    def _place(self, layer: Any) -> sites.Site:
         count = self._recorder.model.n_layers
-        place = sites.Site(self._name, layer + count if -count <= layer < 0 else layer)
-        if not 0 <= layer + (count if layer < 0 else 0) < count:
-            raise errors.refuse(
-                "layer_out_of_range",
-                "layer",
-                f"{self._name}[{layer}]: {self._recorder.model.name} has {count} layers",
-            )
-        return place
+        number = _whole(layer, "layer", "a layer")
+        if not -count <= number < count:
+            raise self._outside(layer)
+        return sites.Site(self._name, number % count)
+
+    def _range(self, layers: slice) -> range:
+        count = self._recorder.model.n_layers
+        if any(n is not None and not -count <= n <= count for n in (layers.start, layers.stop)):
+            raise self._outside(layers)
+        return range(*layers.indices(count))
+
+    def _outside(self, layer: Any) -> errors.TrocarError:
+        model = self._recorder.model
+        return errors.refuse(
+            "layer_out_of_range", "layer", f"{self._name}[{layer}]: {model.name} has {model.n_layers} layers"
+        )
 
 
 class Recorder:
@@ -227,6 +253,7 @@ class Recorder:
         self.vectors: Final[dict[str, Any]] = {}
         self._nodes: list[Node] = []
         self._ids: set[str] = set()
+        self._expected: SiteRows | None = None
         self._closed = False
 
     # ---- what the front end calls ----
@@ -245,7 +272,7 @@ class Recorder:
         return SiteRows(self, sites.Site(name))
 
     def emit(self, kind: type[Any], **fields: Any) -> Expr:
-        node = strict.make(kind, id=f"n{len(self._nodes)}", **fields)
+        node = strict.make(kind, id=self._new_id(), **fields)
         self._append(node)
         return Expr(self, node.id)
 
@@ -259,20 +286,21 @@ class Recorder:
         return self.emit(kind, a=left, b=right)
 
     def scaled(self, expr: Expr, by: float) -> Expr:
-        if isinstance(by, bool) or not isinstance(by, int | float):
-            raise errors.refuse(
-                "bad_argument", expr.id, f"{by!r} is not a number; two values are combined with dot, + or -"
-            )
-        return self.emit(ops.Scale, of=expr.id, by=float(by))
+        return self.emit(ops.Scale, of=expr.id, by=_number(by, expr.id))
 
     def apply(self, edit: EditSpec) -> None:
         """Records an edit; `resid_post.*` edits every layer."""
         for place in sites.expand(edit.site, self.model.n_layers, "edit.site"):
             self._edit(edit, str(place))
 
+    def expect(self, rows: SiteRows) -> None:
+        """Remembers that Python may assign these rows back to their place: the tail of `+=`."""
+        self._expected = rows
+
     def assign(self, site: str, at: str, value: Any) -> None:
         """`=` on a site: the tail of an augmented assignment, or edit.set."""
-        if isinstance(value, SiteRows) and value.site == site and self._is_edited(value):
+        tail, self._expected = self._expected, None
+        if tail is not None and value is tail and (tail.site, tail.at) == (site, at):
             return
         self.apply(EditSpec("edit.set", site, at, value))
 
@@ -287,13 +315,14 @@ class Recorder:
                 )
             return value.id
         if isinstance(value, Held):
-            node, coef = value.operand(f"n{len(self._nodes)}", site)
+            node, coef = value.operand(self._new_id(), site)
             self._append(node)
             return node.id if coef == 1.0 else self.emit(ops.Scale, of=node.id, by=coef).id
-        if value is None or isinstance(value, str | bool | int | float):
+        if not _arraylike(value):
             raise errors.refuse("bad_argument", site or "value", f"{value!r} is not a vector")
         name = f"v{len(self.vectors)}"
-        self.vectors[name] = value
+        # A copy: what the caller's array becomes later is not what was written here.
+        self.vectors[name] = copy.deepcopy(value.detach() if hasattr(value, "detach") else value)
         return self.emit(ops.Tensor, name=name).id
 
     def build(self) -> Program:
@@ -317,28 +346,46 @@ class Recorder:
             raise errors.refuse(
                 "bad_argument", node.id, "the trace is finished; open a new one to record more"
             )
-        if node.id in self._ids:
-            raise errors.refuse("duplicate_id", node.id, f"the name {node.id!r} is taken in this trace")
+        if node.id in self._ids or node.id in ops.RESERVED:
+            taken = "has a meaning of its own" if node.id in ops.RESERVED else "is taken in this trace"
+            raise errors.refuse("duplicate_id", node.id, f"the name {node.id!r} {taken}")
+        if node.op in EDITS:
+            self._expected = None
         self._ids.add(node.id)
         self._nodes.append(node)
 
     def _edit(self, edit: EditSpec, site: str) -> None:
         fields: dict[str, Any] = {"site": site, "at": edit.at}
         if edit.op == "edit.scale":
-            fields["by"] = float(edit.number)
+            fields["by"] = _number(edit.number, site)
         elif isinstance(edit.value, str) and edit.value == ops.ZERO:
             fields["value"] = ops.ZERO
         else:
             fields["value"] = self.value(edit.value, site)
         if edit.op == "edit.add":
-            fields["coef"] = float(edit.number)
+            fields["coef"] = _number(edit.number, site)
         self.emit(SPEC[edit.op].node, **fields)
 
-    def _is_edited(self, rows: SiteRows) -> bool:
-        return any(
-            n.op in EDITS and getattr(n, "site", None) == rows.site and getattr(n, "at", None) == rows.at
-            for n in self._nodes
+    def _new_id(self) -> str:
+        number = len(self._nodes)
+        while f"n{number}" in self._ids:  # a user's output may be called n7
+            number += 1
+        return f"n{number}"
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise errors.refuse(
+            "bad_argument", where, f"{value!r} is not a number; two values are combined with dot, + or -"
         )
+    return float(value)
+
+
+def _arraylike(value: Any) -> bool:
+    """Whether a value may be a local array; what it holds is looked at when the request is made."""
+    if isinstance(value, list | tuple):
+        return not any(isinstance(x, Expr) for x in value)
+    return not (value is None or isinstance(value, str | Real | SiteProxy | SiteFamily))
 
 
 def _operands(node: Node) -> Iterator[str]:

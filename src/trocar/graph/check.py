@@ -21,6 +21,8 @@ from trocar.graph.spec import EDITS, OUTPUTS, SPEC
 MAX_PROMPTS: Final = 4096
 MAX_TOKENS: Final = 1_000_000
 MAX_FLOPS: Final = 10**16
+MAX_NODE_PROMPTS: Final = 1_000_000
+MAX_REFUSALS: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +60,20 @@ def check(program: Program, scope: Scope, prices: Prices) -> Checked:
     """Accepts or refuses a program.
 
     Raises:
-        ProgramError: with every refusal found, each with a JSON path into the request.
+        ProgramError: with the first `MAX_REFUSALS` refusals found, each with a JSON path into the request.
     """
     _check_prompts(scope)
-    walk, found = Walk(scope), list[errors.Refusal]()
+    _check_size(program, scope)
+    walk, found = Walk(scope, _reads_gen(program, scope)), list[errors.Refusal]()
     refused: set[str] = set()
     seen: set[str] = set()
     for i, node in enumerate(program.nodes):
+        if len(found) >= MAX_REFUSALS:
+            break
         path = f"program.nodes[{i}]"
-        if node.id in seen or node.id == ops.ZERO:
-            found.append(errors.refusal("duplicate_id", f"{path}.id", f"the id {node.id!r} is taken"))
+        if node.id in seen or node.id in ops.RESERVED:
+            taken = "has a meaning of its own" if node.id in ops.RESERVED else "is taken"
+            found.append(errors.refusal("duplicate_id", f"{path}.id", f"the id {node.id!r} {taken}"))
             continue
         seen.add(node.id)
         _step(node, walk, path, found, refused)
@@ -87,7 +93,7 @@ def _check_prompts(scope: Scope) -> None:
             "prompts",
             f"{len(scope.lengths)} prompts; one request takes at most {MAX_PROMPTS}",
         )
-    room = scope.model.context - scope.generation.max_new_tokens
+    room = max(0, scope.model.context - scope.generation.max_new_tokens)
     for i, length in enumerate(scope.lengths):
         if length == 0:
             raise errors.refuse("empty_prompt", f"prompts[{i}]", f"prompt {i} has no tokens")
@@ -97,6 +103,24 @@ def _check_prompts(scope: Scope) -> None:
                 f"prompts[{i}]",
                 f"prompt {i} has {length} tokens; {room} fit with this generation",
             )
+
+
+def _check_size(program: Program, scope: Scope) -> None:
+    """Bounds the checker's own work before it starts."""
+    size = len(program.nodes) * len(scope.lengths)
+    if size > MAX_NODE_PROMPTS:
+        raise errors.refuse(
+            "too_expensive",
+            "prompts",
+            f"{len(program.nodes)} nodes on {len(scope.lengths)} prompts; the limit of their product is "
+            f"{MAX_NODE_PROMPTS}",
+        )
+
+
+def _reads_gen(program: Program, scope: Scope) -> bool:
+    """Whether a read or an output looks at generated tokens; selectors are spelled in two ways only."""
+    looked = [n.at for n in program.nodes if isinstance(n, ops.Read | ops.Logprobs)]
+    return scope.generation.max_new_tokens > 0 and any(at == "all" or at.startswith("gen") for at in looked)
 
 
 def _step(node: ops.Node, walk: Walk, path: str, found: list[errors.Refusal], refused: set[str]) -> None:
@@ -124,8 +148,10 @@ def _operands_known(
         where = f"{path}.{name}[{i}]" if isinstance(given, tuple) else f"{path}.{name}"
         if ref in refused:
             return False
-        if ref == ops.ZERO:
+        if ref == ops.ZERO and isinstance(node, ops.EditSet):
             continue
+        if ref == ops.ZERO:
+            raise errors.refuse("wrong_operand", where, "'zero' is no value: only edit.set writes zeros")
         if ref not in walk.values:
             near = errors.closest(ref, walk.values)
             raise errors.refuse("unknown_ref", where, f"no earlier node has the id {ref!r}", closest=near)
@@ -152,12 +178,8 @@ def _accept(program: Program, walk: Walk, prices: Prices) -> Checked:
         selections=walk.selections,
         token_ids=walk.token_ids,
         cost=price,
-        reads_gen=any(v.gen for v in walk.values.values()) or _logprobs_gen(program, walk),
+        reads_gen=walk.reads_gen,
     )
-
-
-def _logprobs_gen(program: Program, walk: Walk) -> bool:
-    return any(isinstance(n, ops.Logprobs) and walk.selections[n.at].has_gen for n in program.nodes)
 
 
 def _price(program: Program, walk: Walk, prices: Prices) -> Cost:
@@ -165,18 +187,19 @@ def _price(program: Program, walk: Walk, prices: Prices) -> Cost:
     edits = sum(1 for n in program.nodes if n.op in EDITS)
     if edits:
         bits["receipts"] = edits * cost.edit_bits(walk, prices)
+    lengths = cost.lengths_bits(walk)
+    if lengths:
+        bits["lengths"] = lengths
     for node in program.nodes:
         price = SPEC[node.op].bits
         if price is not None:
             bits[node.id] = price(node, walk, prices)
-    lens_rows = sum(
-        cost.rows_of(walk.values[r], walk) for n in program.nodes if isinstance(n, ops.Lens) for r in n.of
-    )
+    head_rows = sum(cost.head_rows(n, walk) for n in program.nodes)
     reads = [walk.values[n.id] for n in program.nodes if isinstance(n, ops.Read)]
     return Cost(
         tokens=cost.tokens(walk),
         rows_read=sum(cost.rows_of(v, walk) for v in reads),
-        flops=cost.flops(walk, lens_rows),
+        flops=cost.flops(walk, head_rows),
         bytes_stored=sum(cost.stored_bytes(n, walk) for n in program.nodes if isinstance(n, ops.Capture)),
         bits_out=bits,
         total_bits=sum(bits.values()),

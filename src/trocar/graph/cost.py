@@ -1,7 +1,8 @@
 """Static cost of a program: a function of the request and public policy alone, known before anything runs.
 
-Bits are what may leave at most. Every output op counts its own; each edit's receipt counts two norms; each
-admitted request counts an overhead for its status, length and timing. Nothing here depends on activations.
+Bits are what may leave at most. Every output op counts its own; rows of generated tokens tell how many tokens
+each prompt gave (`lengths`); each edit's receipt counts two norms; each admitted request counts an overhead
+for its status, length and timing. Nothing here depends on activations.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Final
 
 from trocar.graph import ops
 from trocar.graph.facts import ModelFacts
-from trocar.graph.rules import GEN_COUNT_BITS, Walk
+from trocar.graph.rules import Walk
 from trocar.graph.shapes import Value
 from trocar.strict import Strict
 
@@ -36,7 +37,8 @@ class Cost(Strict):
         rows_read: rows read at sites, over all prompts.
         flops: floating-point operations of the forward pass and the lenses.
         bytes_stored: bytes that captures add to the store.
-        bits_out: bits of each output, of edit receipts (`receipts`) and of the request (`overhead`).
+        bits_out: bits of each output, of edit receipts (`receipts`), of how many tokens each prompt gave
+            (`lengths`, when rows of generated tokens are read) and of the request (`overhead`).
         total_bits: their sum: the reservation.
         download_bits: what the same activations would be as a bf16 download, for comparison.
     """
@@ -80,19 +82,35 @@ def text_bits(_node: ops.Text, walk: Walk, _prices: Prices) -> int:
     return len(walk.scope.lengths) * per_prompt * token_bits(walk.scope.model)
 
 
-def capture_bits(node: ops.Capture, walk: Walk, _prices: Prices) -> int:
-    """A handle is random; only how many rows a generation gave depends on the model."""
-    return len(walk.scope.lengths) * GEN_COUNT_BITS if walk.values[node.of[0]].gen else 0
+def capture_bits(_node: ops.Capture, _walk: Walk, _prices: Prices) -> int:
+    """A handle is random; how many rows a generation gave is counted once, in `lengths`."""
+    return 0
+
+
+def lengths_bits(walk: Walk) -> int:
+    """Per prompt a number of generated tokens, 0 to max_new_tokens: it shows in the rows that are read."""
+    return (
+        len(walk.scope.lengths) * walk.scope.generation.max_new_tokens.bit_length() if walk.reads_gen else 0
+    )
 
 
 def edit_bits(walk: Walk, prices: Prices) -> int:
-    gen = GEN_COUNT_BITS if walk.scope.generation.max_new_tokens else 0
-    return NORMS_PER_EDIT * prices.scalar_bits + gen
+    """Two norms, and how many rows of generated tokens were written over all prompts."""
+    most = len(walk.scope.lengths) * walk.scope.generation.max_new_tokens
+    return NORMS_PER_EDIT * prices.scalar_bits + most.bit_length()
 
 
-def flops(walk: Walk, lens_rows: int) -> int:
+def flops(walk: Walk, head_rows: int) -> int:
+    """Of the passes, and of the unembedding of `head_rows` rows."""
     model = walk.scope.model
-    return 2 * model.parameters * tokens(walk) + 2 * model.d_model * model.vocab_size * lens_rows
+    return 2 * model.parameters * tokens(walk) + 2 * model.d_model * model.vocab_size * head_rows
+
+
+def head_rows(node: ops.Node, walk: Walk) -> int:
+    """Rows that a node sends through the unembedding."""
+    if isinstance(node, ops.Lens):
+        return sum(rows_of(walk.values[r], walk) for r in node.of)
+    return walk.selections[node.at].most_rows if isinstance(node, ops.Logprobs) else 0
 
 
 def tokens(walk: Walk) -> int:

@@ -19,9 +19,11 @@ At = Annotated[str, Field(max_length=80)]
 HandleText = Annotated[str, Field(pattern=r"^(act|art)_[0-9a-f]{32}$")]
 Real = Annotated[float, Field(ge=-1e6, le=1e6)]
 Token = int | Annotated[str, Field(min_length=1, max_length=200)]
-Tokens = Annotated[tuple[Token, ...], Field(min_length=1, max_length=20)]
-Refs = Annotated[tuple[Ref, ...], Field(min_length=1, max_length=512)]
+Tokens = Annotated[tuple[Token, ...], Field(min_length=1, max_length=20, fail_fast=True)]
+Refs = Annotated[tuple[Ref, ...], Field(min_length=1, max_length=512, fail_fast=True)]
 ZERO = "zero"
+# Words that stand for something else where ids stand: in `edit.set`, and in a cost beside the outputs.
+RESERVED = frozenset({ZERO, "overhead", "receipts", "lengths"})
 
 
 class Node(Strict):
@@ -29,7 +31,8 @@ class Node(Strict):
 
 
 class Read(Node):
-    """The rows of a site, at the point in the program's order where the node stands."""
+    """The rows of a site: after the edits of that site that stand before it in the list, and after every
+    edit of an earlier site, wherever that stands."""
 
     op: Literal["read"] = "read"
     site: SiteText
@@ -156,7 +159,7 @@ class Logprobs(Node):
 
     op: Literal["logprobs"] = "logprobs"
     at: At = "prompt[-1]"
-    tokens: Tokens | Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=4096)]
+    tokens: Tokens | Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=4096, fail_fast=True)]
 
 
 class Score(Node):

@@ -17,7 +17,7 @@ from typing import Final, Literal
 from trocar import errors
 
 Phase = Literal["prompt", "gen"]
-_FORM: Final = re.compile(r"^(prompt|gen)\[(?:(\*)|(-?\d{1,7})|(-?\d{1,7})?:(-?\d{1,7})?)\]$")
+_FORM: Final = re.compile(r"^(prompt|gen)\[(?:(\*)|(-?[0-9]{1,7})|(-?[0-9]{1,7})?:(-?[0-9]{1,7})?)\]$")
 EMPTY: Final = range(0)
 
 
@@ -28,6 +28,11 @@ class Span:
     start: int | None
     stop: int | None
     single: bool = False
+
+    def __str__(self) -> str:
+        if self.single or self == Span(None, None):
+            return "*" if self.start is None else str(self.start)
+        return f"{'' if self.start is None else self.start}:{'' if self.stop is None else self.stop}"
 
     def resolve(self, length: int) -> range | None:
         """Rows within `length`, or None if a bound lies outside."""
@@ -86,6 +91,7 @@ def parse(text: str, path: str) -> Selector:
             path,
             f"{text!r}: how many tokens will be generated is not known, so gen counts from 0",
         )
+    text = f"{match[1]}[{span}]"
     return Selector(text, span, None) if match[1] == "prompt" else Selector(text, None, span)
 
 
@@ -98,7 +104,7 @@ def _span(match: re.Match[str]) -> Span:
 
 
 def _nearest(text: str) -> str | None:
-    inner = re.search(r"-?\d+(:-?\d+)?", text)
+    inner = re.search(r"-?[0-9]{1,7}(:-?[0-9]{1,7})?", text)
     if inner and "gen" in text:
         return f"gen[{inner[0]}]"
     return f"prompt[{inner[0]}]" if inner else errors.closest(text, ("prompt[*]", "gen[*]", "all"))

@@ -16,8 +16,6 @@ from trocar.graph.labels import Label
 from trocar.graph.program import Generation
 from trocar.graph.shapes import Value, combine, require_aligned
 
-GEN_COUNT_BITS = 16
-
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -59,32 +57,43 @@ class Scope:
 
 @dataclass(slots=True)
 class Walk:
-    """The checker's state while it walks the nodes in order."""
+    """The checker's state while it walks the nodes in order.
+
+    Attributes:
+        reads_gen: whether rows of generated tokens are read, so that the last token is fed back too.
+        selections: by their text in the program and by their canonical text.
+    """
 
     scope: Scope
+    reads_gen: bool = False
     values: dict[str, Value] = field(default_factory=dict)
     selections: dict[str, Selection] = field(default_factory=dict)
     token_ids: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    encoded: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def select(self, at: str, path: str) -> Selection:
         if at not in self.selections:
-            self.selections[at] = self._resolve(at, path)
+            selection = self._resolve(at, path)
+            self.selections[at] = self.selections[selection.selector.text] = selection
         return self.selections[at]
 
     def _resolve(self, at: str, path: str) -> Selection:
         selector = positions.parse(at, path)
         most = self.scope.generation.max_new_tokens
-        rows = tuple(positions.resolve(selector, n, most, path, i) for i, n in enumerate(self.scope.lengths))
+        by_length: dict[int, positions.Rows] = {}
+        for i, n in enumerate(self.scope.lengths):
+            if n not in by_length:
+                by_length[n] = positions.resolve(selector, n, most, path, i)
+        rows = tuple(by_length[n] for n in self.scope.lengths)
         selection = Selection(selector, rows, tuple(len(r.prompt) for r in rows), len(rows[0].gen))
         if selection.most_rows == 0 or (selector.static and 0 in selection.counts):
-            raise errors.refuse(
-                "touches_nothing", path, f"{at!r} selects no token{self._why_nothing(selector)}"
-            )
+            why = f": max_new_tokens is {most}" if selector.prompt is None else self._empty(selection)
+            raise errors.refuse("touches_nothing", path, f"{at!r} selects no token{why}")
         return selection
 
-    def _why_nothing(self, selector: positions.Selector) -> str:
-        most = self.scope.generation.max_new_tokens
-        return f": max_new_tokens is {most}" if selector.prompt is None else ""
+    def _empty(self, selection: Selection) -> str:
+        prompt = selection.counts.index(0)
+        return f" of prompt {prompt}, which has {self.scope.lengths[prompt]}"
 
     def site(self, text: str, path: str) -> sites.Site:
         site = sites.parse(text, path)
@@ -100,7 +109,14 @@ def read(node: ops.Read, walk: Walk, path: str) -> Value:
     selection = walk.select(node.at, f"{path}.at")
     width = walk.scope.model.width(site)
     return Value(
-        "rows", width, Label.ACT, selection.counts, node.at, selection.has_gen, walk.order(site), (site,)
+        "rows",
+        width,
+        Label.ACT,
+        selection.counts,
+        selection.selector.text,
+        selection.has_gen,
+        walk.order(site),
+        (site,),
     )
 
 
@@ -140,6 +156,8 @@ def _held_width(facts: HandleFacts, site: str, path: str) -> int:
 
 def vector(node: ops.Vector, walk: Walk, path: str) -> Value:
     facts = _handle(node.handle, "artifact", walk, f"{path}.handle")
+    if node.part == "weights" and not facts.has_probe:
+        raise errors.refuse("wrong_handle", f"{path}.part", f"{node.handle!r} is a direction without weights")
     return Value("vector", _held_width(facts, node.site, f"{path}.site"), Label.ACT)
 
 
@@ -179,8 +197,14 @@ def mean(node: ops.Mean, walk: Walk, path: str) -> Value:
     value = walk.values[node.of]
     if value.gen:
         raise errors.refuse(
-            "wrong_operand", f"{path}.of", f"{node.of!r} has rows of generated tokens; their number is not known in advance",
+            "wrong_operand", f"{path}.of",
+            f"{node.of!r} has rows of generated tokens; their number is not known in advance",
             next_step="Take the mean over prompt[...] rows, or capture the rows and fit on the server.",
+        )  # fmt: skip
+    if 0 in value.counts:
+        raise errors.refuse(
+            "rows_mismatch", f"{path}.of", f"{node.of!r} has no row for prompt {value.counts.index(0)}",
+            next_step="Leave that prompt out, or capture rows of its prompt tokens.",
         )  # fmt: skip
     return replace(value, kind="per_prompt", counts=(1,) * len(value.counts), at=None)
 
@@ -192,8 +216,9 @@ def _edit_target(
     if not site.spec.editable:
         raise errors.refuse("site_not_editable", f"{path}.site", f"{node.site!r} can be read but not written")
     selection = walk.select(node.at, f"{path}.at")
-    first_gen = min((r.gen.start for r in selection.rows if r.gen), default=0)
-    if not sum(selection.counts) and first_gen >= walk.scope.generation.max_new_tokens - 1:
+    first_gen = selection.rows[0].gen.start
+    last_is_fed = walk.reads_gen
+    if not sum(selection.counts) and first_gen >= walk.scope.generation.max_new_tokens - (not last_is_fed):
         raise errors.refuse(
             "touches_nothing", f"{path}.at",
             f"{node.at!r}: the last generated token is never fed back, so with max_new_tokens="
@@ -205,8 +230,6 @@ def _edit_target(
 def edit_with_value(node: ops.EditAdd | ops.EditSet | ops.EditProjectOut, walk: Walk, path: str) -> None:
     site, selection = _edit_target(node, walk, path)
     if node.value == ops.ZERO:
-        if not isinstance(node, ops.EditSet):
-            raise errors.refuse("wrong_operand", f"{path}.value", "only edit.set can write zeros")
         return
     value = walk.values[node.value]
     width = walk.scope.model.width(site)
@@ -217,7 +240,7 @@ def edit_with_value(node: ops.EditAdd | ops.EditSet | ops.EditProjectOut, walk: 
             f"{node.value!r} has width {value.width}, {node.site} has width {width}",
         )
     if value.kind == "rows":
-        require_aligned(value, node.at, selection.counts, selection.has_gen, f"{path}.value")
+        require_aligned(value, selection.selector.text, selection.counts, selection.has_gen, f"{path}.value")
     _require_earlier(node, value, site, selection, walk, path)
 
 
@@ -290,16 +313,19 @@ def lens(node: ops.Lens, walk: Walk, path: str) -> None:
 def logprobs(node: ops.Logprobs, walk: Walk, path: str) -> None:
     walk.select(node.at, f"{path}.at")
     n_prompts = len(walk.scope.lengths)
-    first = node.tokens[0]
-    lists = node.tokens if isinstance(first, tuple) else (node.tokens,) * n_prompts
-    if len(lists) != n_prompts:
-        raise errors.refuse(
-            "rows_mismatch", f"{path}.tokens", f"{len(lists)} lists of tokens for {n_prompts} prompts"
-        )
-    if len({len(row) for row in lists if isinstance(row, tuple)}) != 1:
-        raise errors.refuse("bad_value", f"{path}.tokens", "every prompt needs the same number of tokens")
+    where = f"{path}.tokens"
+    nested = [row for row in node.tokens if isinstance(row, tuple)]
+    if not nested:
+        shared = tuple(_token(t, walk, f"{where}[{i}]") for i, t in enumerate(node.tokens))
+        walk.token_ids[node.id] = (shared,) * n_prompts
+        return
+    if len(nested) != n_prompts:
+        raise errors.refuse("rows_mismatch", where, f"{len(nested)} lists of tokens for {n_prompts} prompts")
+    if len({len(row) for row in nested}) != 1:
+        raise errors.refuse("bad_value", where, "every prompt needs the same number of tokens")
     walk.token_ids[node.id] = tuple(
-        tuple(_token(t, walk, f"{path}.tokens") for t in row) for row in lists if isinstance(row, tuple)
+        tuple(_token(t, walk, f"{where}[{i}][{j}]") for j, t in enumerate(row))
+        for i, row in enumerate(nested)
     )
 
 
@@ -310,7 +336,10 @@ def _token(token: object, walk: Walk, path: str) -> int:
                 "unknown_token", path, f"token id {token} is outside 0..{walk.scope.model.vocab_size - 1}"
             )
         return token
-    ids = walk.scope.encode(str(token))
+    text = str(token)
+    if text not in walk.encoded:
+        walk.encoded[text] = tuple(walk.scope.encode(text))
+    ids = walk.encoded[text]
     if len(ids) != 1:
         raise errors.refuse("not_one_token", path, f"{token!r} is {len(ids)} tokens: {list(ids)[:8]}")
     return ids[0]
@@ -324,6 +353,10 @@ def score(node: ops.Score, walk: Walk, path: str) -> None:
                 "wrong_operand",
                 f"{path}.of",
                 f"{node.of!r} is {value.kind}; a score needs dot(...) or a probe",
+            )
+        if node.site is not None:
+            raise errors.refuse(
+                "bad_value", f"{path}.site", f"site {node.site!r} without a probe means nothing"
             )
         return
     facts = _handle(node.probe, "artifact", walk, f"{path}.probe")

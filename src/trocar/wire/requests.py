@@ -11,7 +11,9 @@ from trocar.graph.program import Generation, Program
 from trocar.strict import Strict
 
 MAX_TEXT = 200_000
-TokenIds = Annotated[tuple[Annotated[int, Field(ge=0, le=2**31)], ...], Field(max_length=65_536)]
+TokenIds = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=2**31)], ...], Field(max_length=65_536, fail_fast=True)
+]
 
 
 class Message(Strict):
@@ -24,7 +26,7 @@ class Message(Strict):
 class Chat(Strict):
     """A conversation; the server applies the model's own template and asks for the assistant's turn."""
 
-    messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=256)]
+    messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=256, fail_fast=True)]
 
 
 Prompt = Annotated[str, Field(max_length=MAX_TEXT)] | TokenIds | Chat
@@ -45,7 +47,7 @@ class RunRequest(Strict):
     """
 
     model: Name
-    prompts: Annotated[tuple[Prompt, ...], Field(min_length=1, max_length=4096)]
+    prompts: Annotated[tuple[Prompt, ...], Field(min_length=1, max_length=4096, fail_fast=True)]
     program: Program
     generation: Generation = Generation()
 
@@ -64,8 +66,10 @@ class FitRequest(Strict):
 
     handle: HandleText
     kind: FitKind
-    labels: Annotated[tuple[Label, ...], Field(min_length=1, max_length=1_000_000)]
-    groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=1_000_000)] | None = None
+    labels: Annotated[tuple[Label, ...], Field(min_length=1, max_length=1_000_000, fail_fast=True)]
+    groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=1_000_000, fail_fast=True)] | None = (
+        None
+    )
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.25
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     l2: Annotated[float, Field(gt=0.0, le=1e9)] | None = None
@@ -76,5 +80,6 @@ class TokenizeRequest(Strict):
 
     model: Name
     texts: Annotated[
-        tuple[Annotated[str, Field(max_length=MAX_TEXT)], ...], Field(min_length=1, max_length=256)
+        tuple[Annotated[str, Field(max_length=MAX_TEXT)], ...],
+        Field(min_length=1, max_length=256, fail_fast=True),
     ]

@@ -8,7 +8,6 @@ other dtype, rank, NaN or infinity is refused. Nothing here can execute, and not
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Mapping
 from typing import Any, Final
@@ -18,7 +17,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from trocar import errors
+from trocar import errors, strict
 
 MEDIA_TYPE: Final = "application/vnd.trocar.frame"
 MAGIC: Final = b"TRCR\x01"
@@ -80,17 +79,24 @@ def _check_header(raw: bytes) -> None:
     length = int.from_bytes(raw[:8], "little")
     if length > min(len(raw) - 8, MAX_TENSORS * 512):
         raise errors.refuse("bad_tensor", "tensors", f"a safetensors header of {length} bytes")
-    try:
-        header = json.loads(raw[8 : 8 + length])
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise errors.refuse("bad_tensor", "tensors", "the safetensors header is not JSON") from None
-    if not isinstance(header, dict) or len(header) > MAX_TENSORS:
+    header = _header(raw[8 : 8 + length])
+    if len(header) > MAX_TENSORS:
         raise errors.refuse("too_large", "tensors", f"a frame carries at most {MAX_TENSORS} tensors")
     for name, entry in header.items():
         if not isinstance(entry, dict) or entry.get("dtype") not in ("F32", "F16"):
             raise errors.refuse(
                 "bad_tensor", f"tensors.{name[:64]}", "only dense F32 and F16 vectors are accepted"
             )
+
+
+def _header(raw: bytes) -> dict[str, Any]:
+    try:
+        header = strict.read_json(raw, most_keys=4 * MAX_TENSORS)
+    except errors.TrocarError as e:
+        raise errors.refuse("bad_tensor", "tensors", f"the safetensors header: {e.reason}") from None
+    if not isinstance(header, dict):
+        raise errors.refuse("bad_tensor", "tensors", "the safetensors header is not a JSON object")
+    return header
 
 
 def _check_vector(name: str, vector: npt.NDArray[Any]) -> None:

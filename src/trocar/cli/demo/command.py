@@ -19,6 +19,7 @@ from rich.console import Console
 from trocar import errors
 from trocar.cli.demo.report import report
 from trocar.cli.demo.tour import Guests, Taken, take
+from trocar.cli.model import pull
 from trocar.client.notebook import bits_text
 from trocar.client.sync import Client
 from trocar.gate.database import Database
@@ -36,6 +37,7 @@ def demo(out: Path, model: str, n_cities: int, console: Console) -> bool:
         RunFailed: `pull_failed` and what else a pull may raise.
         ServerFault: `internal` when the server does not start.
     """
+    pull(model)
     started_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="trocar-demo-") as folder, _server(Path(folder), model) as url:
         guests = _guests(Path(folder), url)
@@ -68,6 +70,7 @@ def _sum_up(taken: list[Taken], out: Path, seconds: float, console: Console) -> 
         f"\n{bits_text(bits)} left the server; the same activations as a bf16 download: {bits_text(download)}"
         f" ({download / bits:,.0f} times as much).\n{seconds:.0f} s in all. Report: {out.resolve()}",
         highlight=False,
+        soft_wrap=True,
     )
     if failed:
         console.print(f"[red]{len(failed)} checks failed:[/red] {'; '.join(failed)}")

@@ -22,19 +22,18 @@ def report(taken: Sequence[Taken], model: ModelFacts, seconds: float) -> str:
     """
     checks = [check for t in taken for check in t.chapter.checks]
     lead = (
-        f"Five experiments on {model.name} ({model.n_layers} layers, {model.parameters / 1e6:.0f} M parameters), run over "
-        "HTTP by a client that never held a weight and never sent code. Every bit that came back was priced before it "
-        "ran and charged in the ledger."
+        f"Five experiments on {model.name} ({model.n_layers} layers, {model.parameters / 1e6:.0f} M parameters), run "
+        "over HTTP by a client that never held a weight and never sent code. Every bit that came back was priced "
+        "before it ran and charged in the ledger."
     )
     sections = [
-        Section(
-            t.chapter.heading,
-            (*t.chapter.paragraphs, f"{t.seconds:.1f} s; {bits_text(t.bits)} left the server."),
-            t.chapter.figures,
-        )
-        for t in taken
+        Section(t.chapter.heading, (*t.chapter.paragraphs, _cost(t)), t.chapter.figures) for t in taken
     ]
     return page("Trocar: the tour", lead, [*sections, _egress(taken), _provenance(model, seconds)], checks)
+
+
+def _cost(taken: Taken) -> str:
+    return f"{taken.seconds:.1f} s; {bits_text(taken.bits)} left the server."
 
 
 def _egress(taken: Sequence[Taken]) -> Section:
@@ -59,7 +58,10 @@ def _egress(taken: Sequence[Taken]) -> Section:
         log=True,
         value_texts=(bits_text(released), bits_text(download)),
     )
-    text = f"{bits_text(released)} left in total, as the ledger counted them; the activations worked on are {bits_text(download)}."
+    text = (
+        f"{bits_text(released)} left in total, as the ledger counted them; "
+        f"the activations worked on are {bits_text(download)}."
+    )
     return Section("What left the server", (text,), (figure,), rows)
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -70,8 +71,10 @@ def logit_lens(model: Model) -> Chapter:
     return Chapter(
         "Logit lens",
         (
-            f"One program reads the residual stream of {prompt!r} after every layer and sends back the three most "
-            "likely next tokens of each row. The unembedding matrix is an operand on the server, never a result.",
+            (
+                f"One program reads the residual stream of {prompt!r} after every layer and sends back the three most "
+                "likely next tokens of each row. The unembedding matrix is an operand on the server, never a result."
+            ),
         ),
         (lens.heatmap(),),
         (
@@ -98,11 +101,16 @@ def truth_probe(model: Model, n_cities: int) -> Chapter:
     return Chapter(
         "Truth probe by layer",
         (
-            f"{len(statements.texts)} statements ('The city of X is in Y.', each of {n_cities} cities once true and once "
-            f"false) were captured at the last token of every layer: {acts.rows * len(acts.sites)} rows that stayed on "
-            "the server. A logistic probe per layer was fitted there; train and test never share a city.",
-            f"The first layer above 0.9 is {first}. Below 0.5 is what layers that cannot tell do here: each city's true and "
-            "false statement are twins, so a probe that remembers the country of one is wrong about the other.",
+            (
+                f"{len(statements.texts)} statements ('The city of X is in Y.', each of {n_cities} cities once true and "
+                f"once false) were captured at the last token of every layer: {acts.rows * len(acts.sites)} rows that "
+                "stayed on the server. One logistic probe per layer was fitted there; train and test share no city."
+            ),
+            (
+                f"The first layer above 0.9 is {first}. Below 0.5 is what layers that cannot tell do here: each city's "
+                "true and false statement are twins, so a probe that remembers the country of one is wrong about the "
+                "other."
+            ),
         ),
         (probe.lines("auroc"),),
         (
@@ -128,14 +136,17 @@ def steering(model: Model) -> Chapter:
         [_dose(model, site, _unit(stream, model.d_model) * norm) for _ in range(RANDOM_VECTORS)]
     )
     span, control = direction[-1] - direction[0], float(np.abs(random[:, -1] - random[:, 0]).mean())
-    monotone = all(a < b for a, b in zip(direction, direction[1:], strict=False))
+    monotone = all(a < b for a, b in pairwise(direction))
     return Chapter(
         "Steering: dose and response",
         (
-            f"The difference of means between {sum(sentences.labels)} good and as many bad sentences at layer "
-            f"{STEER_LAYER} was added to the last token of {len(data.OPENINGS)} neutral openings, with coefficients from -2 to 2. "
-            f"The response is the log-odds of {data.VERDICTS[0]!r} against {data.VERDICTS[1]!r}. The direction never left the "
-            f"server; its norm did, so that {RANDOM_VECTORS} random vectors of the same norm could be sent as a control.",
+            (
+                f"The difference of means between {sum(sentences.labels)} good and as many bad sentences at layer "
+                f"{STEER_LAYER} was added to the last token of {len(data.OPENINGS)} neutral openings, with "
+                f"coefficients from -2 to 2. The response is the log-odds of {data.VERDICTS[0]!r} against "
+                f"{data.VERDICTS[1]!r}. The direction never left the server; its norm did, so that {RANDOM_VECTORS} "
+                "random vectors of the same norm could be sent as a control."
+            ),
         ),
         (
             Lines(
@@ -213,11 +224,13 @@ def patching(model: Model) -> Chapter:
     return Chapter(
         "Activation patching",
         (
-            f"{len(facts.prompts)} prompts 'The capital of X is' were run with another country; one residual row of the run with "
-            "the right country was put in at each layer and position. Recovered: 0 is the wrong run, 1 the right one, "
-            f"measured on the log-odds of the two capitals ({clean:.2f} against {corrupted:.2f} nats). "
-            f"{len(jobs)} different programs shared the forward passes.",
-            f"The subject token carries the country up to layer {moves - 1}; from layer {moves} on the last token has it.",
+            (
+                f"{len(facts.prompts)} prompts 'The capital of X is' were run with another country; one residual row "
+                "of the run with the right country was put in at each layer and position. Recovered: 0 is the wrong "
+                f"run, 1 the right one, measured on the log-odds of the two capitals ({clean:.2f} against "
+                f"{corrupted:.2f} nats). {len(jobs)} different programs shared the forward passes."
+            ),
+            f"The subject token carries the country up to layer {moves - 1}; from then on the last token has it.",
         ),
         (
             Heatmap(
@@ -293,8 +306,11 @@ def two_users(first: Model, second: Model, forwards: Callable[[], int]) -> Chapt
     return Chapter(
         "Two users, one batch",
         (
-            "Two keys of two tenants sent different programs at the same moment: one adds a vector at layer 8, the other "
-            "silences the MLP of layer 1. The server put them into one forward pass; each got the numbers it gets alone.",
+            (
+                "Two keys of two tenants sent different programs at the same moment: one adds a vector at layer 8, the "
+                "other silences the MLP of layer 1. The server put them into one forward pass; each got the numbers it "
+                "gets alone."
+            ),
         ),
         (),
         (

@@ -1,0 +1,164 @@
+"""Fixtures for every room: a tiny random model, SmolLM2 from the cache, and a whole server in this process.
+
+The tiny model needs no download: grouped-query attention, byte-level tokens, weights large enough that every
+part matters. Tests that ask for SmolLM2 carry the marker `model`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|a|>' + m['role'] + '\\n' + m['content'] + '<|b|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|a|>assistant\\n' }}{% endif %}"
+)
+SMOLLM2 = "smollm2-135m-instruct"
+
+
+def random_llama(seed: int = 7, layers: int = 4) -> Any:
+    """A LlamaForCausalLM of two key/value heads and four query heads, in float32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            initializer_range=0.3,
+            tie_word_embeddings=True,
+            bos_token_id=256,
+            eos_token_id=[257, 258],
+            attn_implementation="sdpa",
+        )
+        return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def byte_tokenizer() -> Any:
+    """One token per byte, three special tokens, and a chat template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(t, special=True) for t in ("<|a|>", "<|b|>", "<|end|>")])
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|a|>", eos_token="<|b|>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def make_tiny(name: str = "tiny", *, open_weights: bool = True, weight_bits: int | None = None) -> Any:
+    """A validated tiny model that can be served."""
+    from trocar.models.cache import Manifest
+    from trocar.models.load import assemble
+
+    model = random_llama()
+    parameters = sum(p.numel() for p in model.parameters())
+    manifest = Manifest(
+        source="local",
+        name=name,
+        package=None,
+        version=None,
+        sha256=None,
+        revision=None,
+        fingerprint="sha256:" + name.encode().hex().ljust(64, "0"),
+        stamp="",
+        license="unknown",
+        lineage=name,
+        open_weights=open_weights,
+        parameters=parameters,
+        weight_bits=weight_bits or 32 * parameters,
+    )
+    return assemble(model, byte_tokenizer(), manifest, name=name)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Any:
+    return make_tiny()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Any:
+    from trocar.models.load import load
+    from trocar.models.pull import pull
+
+    pull(SMOLLM2)
+    return load(SMOLLM2)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A whole server in this process, driven over ASGI.
+
+    Attributes:
+        engines: by model name.
+        keys: secrets by a short name: `alice` (operator), `bob`, and the capped `eve`.
+    """
+
+    service: Any
+    app: Any
+    engines: dict[str, Any]
+    keys: dict[str, str]
+    principals: dict[str, Any]
+
+    def transport(self) -> httpx.ASGITransport:
+        return httpx.ASGITransport(self.app)
+
+    def forwards(self) -> int:
+        return sum(e.stats().forwards for e in self.engines.values())
+
+
+def make_server(root: Path, loaded: list[Any], **limits: Any) -> Server:
+    """Gate, store, engines and application around loaded models."""
+    from trocar.api.app import create_app
+    from trocar.engine.hf.engine import HFEngine, Limits
+    from trocar.gate.gate import Gate
+    from trocar.gate.policy import Role, Tier
+    from trocar.service.prepare import Served
+    from trocar.service.service import Service
+    from trocar.store import Store
+
+    gate = Gate(f"sqlite:///{root}/ledger.db")
+    made = {
+        "alice": gate.keys.create("alice", Tier.open, Role.operator),
+        "bob": gate.keys.create("bob", Tier.open, Role.researcher),
+        "eve": gate.keys.create("eve", Tier.agent, Role.researcher),
+    }
+    engines = {m.facts.name: HFEngine(m, Limits(**limits)) for m in loaded}
+    service = Service([Served(m, engines[m.facts.name]) for m in loaded], Store(root / "store"), gate)
+    return Server(
+        service,
+        create_app(service),
+        engines,
+        {name: key.secret for name, key in made.items()},
+        {name: key.principal for name, key in made.items()},
+    )
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[..., Server]:
+    return make_server
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny: Any) -> Iterator[Server]:
+    """`tiny` with open weights, and `shut`, the same model with a secret so small that budgets run out."""
+    shut = make_tiny("shut", open_weights=False, weight_bits=20_000_000)
+    made = make_server(tmp_path_factory.mktemp("server"), [tiny, shut])
+    yield made
+    assert made.service.check() == []
+    assert [e.stats().live_requests for e in made.engines.values()] == [0, 0]
+    made.service.close()
