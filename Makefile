@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONHASHSEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lint types layers docs sizes bench clean
+.PHONY: help demo test check format lint types layers docs reference sizes bench clean
 
 help:
 	@sed -n '2,6s/^# *//p' Makefile
@@ -56,6 +56,9 @@ layers: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+reference: $(VENV)/.dev
+	$(BIN)/python scripts/reference.py
 
 sizes: $(VENV)/bin/python
 	@$(BIN)/python scripts/sizes.py

@@ -19,7 +19,9 @@ def run(name: str, args: list[str]) -> bool:
     """Runs one benchmark and stores its result; False when it failed or printed no JSON object."""
     print(f"== {name}", flush=True)
     command = [sys.executable, "-m", f"bench.{name}", *args]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=False
+    )
     print(done.stdout, end="", flush=True)
     lines = done.stdout.strip().splitlines()
     try:

@@ -119,7 +119,14 @@ def ops_reference() -> str:
 def _op(row: OpSpec) -> str:
     shape = strict.schema(row.node)
     required = shape.get("required", [])
-    lines = [f"### `{row.op}` {{#{_anchor(row.op)}}}", "", row.doc, "", "| field | accepts | default |", "|---|---|---|"]
+    lines = [
+        f"### `{row.op}` {{#{_anchor(row.op)}}}",
+        "",
+        row.doc,
+        "",
+        "| field | accepts | default |",
+        "|---|---|---|",
+    ]
     for name, field in shape["properties"].items():
         if name != "op":
             default = "required" if name in required else f"`{json.dumps(field.get('default'))}`"
@@ -130,7 +137,11 @@ def _op(row: OpSpec) -> str:
 def _accepts(name: str, field: dict[str, Any], row: OpSpec) -> str:
     if name in row.takes:
         kinds = ", ".join(row.takes[name])
-        return f"id of an earlier node that is: {kinds}" if field.get("type") != "array" else f"ids of earlier nodes that are: {kinds}"
+        return (
+            f"id of an earlier node that is: {kinds}"
+            if field.get("type") != "array"
+            else f"ids of earlier nodes that are: {kinds}"
+        )
     return {
         "id": "a name: a letter or `_`, then letters, digits, `_`, `.`, `-`; at most 64 characters",
         "site": "a [site](sites.md)",
@@ -149,7 +160,9 @@ def _schema_text(field: dict[str, Any]) -> str:
         return f"a list of 1 to {field['maxItems']}: {_schema_text(field['items'])}"
     limits = [field.get("minimum"), field.get("maximum")]
     span = f" from {limits[0]:g} to {limits[1]:g}" if None not in limits else ""
-    return {"integer": "an integer", "number": "a number", "string": "text", "null": "nothing"}[field["type"]] + span
+    return {"integer": "an integer", "number": "a number", "string": "text", "null": "nothing"}[
+        field["type"]
+    ] + span
 
 
 def sites_table() -> str:
@@ -157,7 +170,9 @@ def sites_table() -> str:
     for row in SITES.values():
         where = "layer" if row.layered else "model"
         example = f"`{row.name}.L`" if row.layered else f"`{row.name}`"
-        rows.append(f"| {example} | {where} | `{row.width}` | {'yes' if row.editable else 'no'} | {row.meaning} |")
+        rows.append(
+            f"| {example} | {where} | `{row.width}` | {'yes' if row.editable else 'no'} | {row.meaning} |"
+        )
     return "\n".join(rows) + "\n"
 
 
@@ -165,7 +180,9 @@ def codes_table() -> str:
     rows = ["| code | raised as | HTTP | meaning |", "|---|---|---|---|"]
     for code in CODES.values():
         status = str(code.kind.status) if code.kind.status else "-"
-        rows.append(f"| [`{code.name}`]({code.name}.md) | `{code.kind.__name__}` | {status} | {code.summary} |")
+        rows.append(
+            f"| [`{code.name}`]({code.name}.md) | `{code.kind.__name__}` | {status} | {code.summary} |"
+        )
     return "\n".join(rows) + "\n"
 
 

@@ -52,7 +52,9 @@ def measure(root: Path) -> dict[str, Room]:
 
 def main() -> None:
     rooms = measure(SRC)
-    total = Room([n for r in rooms.values() for n in r.files], [n for r in rooms.values() for n in r.functions])
+    total = Room(
+        [n for r in rooms.values() for n in r.files], [n for r in rooms.values() for n in r.functions]
+    )
     print(HEAD)
     for name, room in sorted(rooms.items()):
         print(room.row(name))

@@ -20,7 +20,11 @@ HEAVY = {
     "accelerate", "duckdb", "fastapi", "httpx", "pyarrow", "pydantic", "rich", "scipy", "sklearn", "sqlalchemy",
     "starlette", "torch", "transformers", "typer", "uvicorn", "vllm",
 }  # fmt: skip
-SERVER = HEAVY - {"httpx", "pydantic", "rich"}  # httpx imports rich for its own command line, where it finds it
+SERVER = HEAVY - {
+    "httpx",
+    "pydantic",
+    "rich",
+}  # httpx imports rich for its own command line, where it finds it
 IMPORT = """
 import json, sys, time
 start = time.perf_counter()

@@ -197,12 +197,12 @@ def test_c28_editing_one_projection(bench: Bench, name: str) -> None:
     _same(bench, ask, f"edit {name}")
     for other in "qkv":
         base = solo(bench.model, [read(f"{other}.{bench.middle}")], bench.prompts[0]).first.read["r"]
-        assert torch.equal(ask.sinks[f"k{other}"].rows(f"{other}.{bench.middle}"), base) == (other != name)
+        assert torch.equal(ask.sinks[f"kept_{other}"].rows(f"{other}.{bench.middle}"), base) == (other != name)
 
 
 def _reads(bench: Bench) -> Sequence[Any]:
-    reads = [read(f"{s}.{bench.middle}", name=s) for s in "qkv"]
-    return [*reads, *[capture(s, name=f"k{s}") for s in "qkv"]]
+    reads = [read(f"{s}.{bench.middle}", name=f"read_{s}") for s in "qkv"]
+    return [*reads, *[capture(f"read_{s}", name=f"kept_{s}") for s in "qkv"]]
 
 
 def test_two_edits_compose_in_program_order(bench: Bench) -> None:

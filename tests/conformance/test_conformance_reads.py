@@ -107,7 +107,9 @@ def test_c14_rows_are_the_requests_own(bench: Bench) -> None:
     for ask, prompt in zip(asks, bench.prompts, strict=True):
         shelf = ask.sinks["kept"]
         assert shelf.keys().tolist() == [[0, i, token] for i, token in enumerate(prompt)]
-        close("read in a mixed batch", shelf.rows(site), solo(bench.model, [read(site)], prompt).first.read["r"], 2e-3)
+        alone = solo(bench.model, [read(site)], prompt).first.read["r"]
+        size = alone.abs().max()  # some models have rows a thousand times larger than others
+        close("read in a mixed batch, relative", shelf.rows(site) / size, alone / size, 1e-5)
     assert bench.engine.stats().most_requests >= len(asks)
 
 

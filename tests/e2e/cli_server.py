@@ -36,6 +36,17 @@ def command(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def script(home: Path, code: str, url: str, secret: str) -> subprocess.Popen[str]:
+    """Starts a user's script in a Python of its own, with the address and key in its environment."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**environment(home), "TROCAR_URL": url, "TROCAR_API_KEY": secret},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 @dataclass
 class Serving:
     """One started process; `data` is its data folder."""
@@ -52,6 +63,13 @@ class Serving:
 
     def said(self) -> str:
         return self.out.read_text()
+
+    def run(self, code: str, secret: str | None = None) -> str:
+        """What a user's script prints, which must succeed."""
+        with script(self.home, code, self.url, secret or self.secret) as user:
+            out, err = user.communicate(timeout=120)
+        assert user.returncode == 0, err
+        return out
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> tuple[int, float]:
         """Exit code and seconds."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import sqlite3
-import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cli_server
@@ -15,13 +15,38 @@ import httpx
 import pytest
 from cli_server import MODEL, Serving
 
-import trocar
+from trocar.gate.database import Database
+from trocar.gate.ledger import Ledger
+from trocar.gate.policy import Policy
 from trocar.models.pull import pull
 from trocar.store import Store
 
 pytestmark = [pytest.mark.e2e, pytest.mark.model]
-PROMPT = "The capital of France is"
-LONG = " the cat sat on the mat and looked at the moon" * 20
+SECRET_PROMPT = "zanzibar-wombat-quixotic"
+CAPTURE = f"""
+import trocar
+long = " the cat sat on the mat and looked at the moon" * 20
+model = trocar.Client(quiet=True).model({MODEL!r})
+try:
+    model.capture([f"{{i}}{{long}}" for i in range(64)], "resid_post.*", at="prompt[*]")
+    print("it finished")
+except trocar.TrocarError as e:
+    print("refused", e.code)
+"""
+AFTER = f"""
+import json, trocar
+client = trocar.Client(quiet=True)
+model = client.model({MODEL!r})
+try:
+    client.activations("{{handle}}")
+    torn = "readable"
+except trocar.ProgramError as e:
+    torn = e.code
+text = str(model.generate("The capital of France is", max_new_tokens=2))
+rows = model.capture(["a b", "c d"], "resid_post.3").rows
+[budget] = client.ledger().budgets.values()
+print(json.dumps(dict(torn=torn, text=text, rows=rows, spent=budget.spent_bits)))
+"""
 
 
 @pytest.fixture
@@ -46,6 +71,14 @@ def ledger_rows(home: Path, query: str) -> list[sqlite3.Row]:
     return rows
 
 
+def doctor_fails(serving: Serving) -> list[dict[str, str]]:
+    """What `trocar doctor` finds wrong beside the running server."""
+    ran = cli_server.command(serving.home, "doctor", "--data", str(serving.data), "--json")
+    failed = [f for f in json.loads(ran.stdout) if f["level"] == "fail"]
+    assert ran.returncode == bool(failed)
+    return failed
+
+
 def wait_for_rows(home: Path) -> str:
     """The id of the handle that the server is writing, once it has committed a shard of it."""
     query = "select e.id from entries e join files f on f.entry = e.id where e.state = 'open'"
@@ -60,17 +93,19 @@ def wait_for_rows(home: Path) -> str:
     raise AssertionError("no shard was committed")
 
 
-def capture_in_the_background(serving: Serving) -> threading.Thread:
-    """Starts a capture of about 14,000 rows at all layers, which takes a minute; its failure is expected."""
+@contextmanager
+def capturing(serving: Serving) -> Iterator[str]:
+    """A user's script in the middle of a capture of 14,000 rows at all layers; yields the handle's id.
 
-    def work() -> None:
-        client = trocar.Client(serving.url, serving.secret, quiet=True)
-        with pytest.raises(trocar.TrocarError):
-            client.model(MODEL).capture([f"{i}{LONG}" for i in range(64)], "resid_post.*", at="prompt[*]")
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread
+    The script must end by itself, with a refusal of ours, once the server has gone.
+    """
+    with cli_server.script(serving.home, CAPTURE, serving.url, serving.secret) as user:
+        try:
+            yield wait_for_rows(serving.home)
+            out, err = user.communicate(timeout=60)
+        finally:
+            user.kill()
+    assert out.startswith("refused "), err
 
 
 def test_a_program_over_http_then_a_polite_stop(home: Path, serving: Serving) -> None:
@@ -79,40 +114,48 @@ def test_a_program_over_http_then_a_polite_stop(home: Path, serving: Serving) ->
     assert said.count(serving.secret) == 1
     assert "14 sites validated in" in said
     assert "isolation: process" in said
-    with trocar.Client(serving.url, serving.secret, quiet=True) as client:
-        text = client.model(MODEL).generate(PROMPT, max_new_tokens=2)
-        assert text == " Paris." or "Paris" in str(text)
+    snippet = "\n".join(said[said.index("import trocar") :].splitlines()[:3])
+    assert "Paris" in serving.run(snippet)
     health = httpx.get(f"{serving.url}/healthz")
     assert (health.status_code, "server" in health.headers) == (200, False)
     assert httpx.get(f"{serving.url}/docs").status_code == 200
 
-    beside = cli_server.command(
-        home, "key", "create", "--tenant", "bob", "--data", str(serving.data), "--json"
-    )
-    with trocar.Client(serving.url, json.loads(beside.stdout)["secret"], quiet=True) as bob:
-        assert bob.handles() == ()
-    doctor = cli_server.command(home, "doctor", "--data", str(serving.data), "--json")
-    failed = [f for f in json.loads(doctor.stdout) if f["level"] == "fail"]
-    assert (doctor.returncode, failed) == (0, [])
+    data = str(serving.data)
+    beside = cli_server.command(home, "key", "create", "--tenant", "bob", "--data", data, "--json")
+    bob = json.loads(beside.stdout)["secret"]
+    assert serving.run("import trocar; print(trocar.Client().handles())", bob) == "()\n"
+    assert doctor_fails(serving) == []
 
     code, took_s = serving.stop()
     assert (code, took_s < 5.0) == (0, True), serving.said()
     assert not (home / "ready.json").exists()
-    assert PROMPT not in serving.said().replace("print(model.generate(", "").replace(f'"{PROMPT}"', "")
-    verified = cli_server.command(home, "ledger", "verify", "--data", str(serving.data))
+    assert SECRET_PROMPT not in serving.said()
+    verified = cli_server.command(home, "ledger", "verify", "--data", data)
     assert (verified.returncode, verified.stdout[:3]) == (0, "ok:")
     # closed, not abandoned: the server's presence file is gone
     assert list((serving.data / "ledger.db.locks").glob("*.live")) == []
 
 
+def test_no_prompt_reaches_the_log_even_when_requests_fail(serving: Serving) -> None:
+    said_before = serving.said()
+    serving.run(
+        f"import trocar; trocar.Client().model({MODEL!r}).generate({SECRET_PROMPT!r}, max_new_tokens=2)"
+    )
+    key = {"authorization": f"Bearer {serving.secret}"}
+    for body in (f'{{"model": "{SECRET_PROMPT}"}}', f'{{"{SECRET_PROMPT}', "[]"):
+        answer = httpx.post(f"{serving.url}/v1/runs", content=body, headers=key)
+        assert 400 <= answer.status_code < 500
+    serving.stop()
+    added = serving.said().removeprefix(said_before)
+    assert SECRET_PROMPT not in added
+    assert serving.secret not in added
+
+
 def test_a_stop_in_the_middle_of_a_long_job_takes_less_than_five_seconds(
     home: Path, serving: Serving
 ) -> None:
-    thread = capture_in_the_background(serving)
-    wait_for_rows(home)
-    _, took_s = serving.stop()
-    thread.join(30)
-    assert not thread.is_alive()
+    with capturing(serving):
+        _, took_s = serving.stop()
     assert took_s < 5.0
     again = cli_server.start(home, "--threads", "1")
     again.stop()
@@ -121,31 +164,29 @@ def test_a_stop_in_the_middle_of_a_long_job_takes_less_than_five_seconds(
 
 
 def test_killed_in_the_middle_of_a_capture(home: Path, serving: Serving) -> None:
-    thread = capture_in_the_background(serving)
-    handle = wait_for_rows(home)
-    serving.stop(signal.SIGKILL)
-    thread.join(30)
+    with capturing(serving) as handle:
+        code, _ = serving.stop(signal.SIGKILL)
+    assert code == -signal.SIGKILL
     [held] = ledger_rows(home, "select * from reservations where state = 'open'")
 
     again = cli_server.start(home, "--threads", "1")
     try:
+        assert again.secret == ""  # there is a key: none is made, none is printed
         [row] = ledger_rows(home, f"select * from reservations where id = '{held['id']}'")
         assert (row["state"], row["spent_bits"]) == ("recovered", held["reserved_bits"])
         assert cli_server.command(home, "ledger", "verify", "--data", str(again.data)).returncode == 0
-        doctor = cli_server.command(home, "doctor", "--data", str(again.data), "--json")
-        assert [f for f in json.loads(doctor.stdout) if f["level"] == "fail"] == []
-        with trocar.Client(again.url, serving.secret, quiet=True) as client:
-            with pytest.raises(trocar.ProgramError) as caught:
-                client.activations(handle)
-            assert caught.value.code == "handle_incomplete"
-            model = client.model(MODEL)
-            assert "Paris" in str(model.generate(PROMPT, max_new_tokens=2))
-            assert model.capture(["a b", "c d"], "resid_post.3").rows == 2
-            [budget] = client.ledger().budgets.values()
-            assert budget.spent_bits >= held["reserved_bits"]
-        assert again.secret == ""  # there is a key: none is made, none is printed
+        assert doctor_fails(again) == []
+        told = json.loads(again.run(AFTER.format(handle=handle), serving.secret))
+        assert told["torn"] == "handle_incomplete"
+        assert "Paris" in told["text"]
+        assert told["rows"] == 2
+        assert told["spent"] >= held["reserved_bits"] > 0
     finally:
         code, _ = again.stop()
     assert code == 0
-    with Store(home / "data" / "store") as store:
+    database = Database(f"sqlite:///{again.data / 'ledger.db'}")
+    ledger = Ledger(database, Policy())
+    assert (ledger.check(), ledger.verify()) == ([], [])
+    database.close()
+    with Store(again.data / "store") as store:
         assert (store.check(), store.verify()) == ([], [])

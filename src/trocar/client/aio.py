@@ -13,7 +13,7 @@ from trocar.client.handles import Probe, Stored, StoredRows
 from trocar.client.notebook import ProgressLine
 from trocar.client.results import Plan, Results, Text
 from trocar.client.settings import Settings
-from trocar.client.trace import Prompts, Recorded, Trace
+from trocar.client.trace import Prompts, Recorded, Trace, is_single
 from trocar.client.transport import Transport
 from trocar.graph.builder import EditSpec, Position, SiteRows
 from trocar.graph.facts import ModelFacts
@@ -22,6 +22,7 @@ from trocar.wire import requests as q
 from trocar.wire import results as r
 
 POLL_S = 20.0
+LOOK_S = 0.5  # while somebody watches the progress line
 T = TypeVar("T")
 
 
@@ -55,7 +56,9 @@ class AsyncJob(Generic[T]):
         """
         line = ProgressLine(quiet=self._client.quiet)
         while self._result is None:
-            answer = await self._client.transport.get(f"/v1/jobs/{self.id}/result", wait_s=POLL_S)
+            answer = await self._client.transport.get(
+                f"/v1/jobs/{self.id}/result", wait_s=LOOK_S if line.live else POLL_S
+            )
             if answer.status == 200:
                 self._result = self._finish(answer)
                 self._view = self._view.model_copy(update={"state": "COMPLETED", "done": self._view.total})
@@ -215,12 +218,12 @@ class AsyncModel:
         """Generates after each prompt, with edits on prompt and generated tokens.
 
         Returns:
-            One `Text` for one prompt given as a string, else a list.
+            One `Text` for one prompt given as a string or as one conversation, else a list.
         """
         recorded = generate_request(self, prompts, edits, {"max_new_tokens": max_new_tokens, **generation})
         results = await (await self.run(recorded)).result()
         texts: list[Text] = results["text"]
-        return texts[0] if isinstance(prompts, str) else texts
+        return texts[0] if is_single(prompts) else texts
 
     async def tokenize(self, text: str) -> list[tuple[int, str]]:
         """Token ids with their texts, as the model sees the text."""

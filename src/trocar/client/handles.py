@@ -39,6 +39,10 @@ class Direction:
     site: str | None = None
     coef: float = 1.0
 
+    def __repr__(self) -> str:
+        where = self.site or (self.sites[0] if len(self.sites) == 1 else f"{len(self.sites)} sites")
+        return f"{self.coef:g} * Direction({self.handle}, {where}): lives on the server"
+
     def __mul__(self, by: float) -> Direction:
         return replace(self, coef=self.coef * by)
 

@@ -6,7 +6,7 @@ import html
 import sys
 import time
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Final, TextIO
 
 from trocar.wire.results import FINAL, JobView
 
@@ -53,11 +53,11 @@ class ProgressLine:
 
     def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
         self._stream = stream or sys.stderr
-        self._live = self._stream.isatty() and not quiet
+        self.live: Final = self._stream.isatty() and not quiet
         self._started_s = time.monotonic()
 
     def show(self, view: JobView) -> None:
-        if not self._live:
+        if not self.live:
             return
         ahead = f"  {view.ahead} ahead" if view.ahead else ""
         took_s = time.monotonic() - self._started_s

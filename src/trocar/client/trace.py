@@ -219,6 +219,11 @@ def prompt_tuple(prompts: Prompts) -> tuple[Prompt, ...]:
     return tuple(_prompt(p) for p in prompts)
 
 
+def is_single(prompts: Prompts) -> bool:
+    """Whether one prompt was given alone, not in a list: a text, or one conversation."""
+    return isinstance(prompts, str) or bool(prompts and isinstance(prompts[0], Mapping))
+
+
 def _prompt(prompt: Any) -> Prompt:
     if isinstance(prompt, str):
         return prompt

@@ -9,6 +9,7 @@ Shape letters: B sequences, T tokens of the longest prompt, D d_model, V vocabul
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from trocar.engine.hf.sampler import Sampler
 from trocar.engine.layout import Layout, Member
 from trocar.engine.readout import Readout
 
+log = logging.getLogger(__name__)
 Tapped = Callable[[Any], AbstractContextManager[None]]
 
 
@@ -38,13 +40,14 @@ class Body:
 
 @dataclass(slots=True)
 class Lane:
-    """One prompt on its way through the batch."""
+    """One prompt on its way through the batch; `stopped` says that its request was cancelled meanwhile."""
 
     group: Group
     collector: Collector
     slot: int
     tokens: tuple[int, ...]
     sampler: Sampler
+    stopped: Callable[[], bool]
     sampled: list[int] = field(default_factory=list)
     fed: int = 0
     ended: bool = False
@@ -65,7 +68,7 @@ class Lane:
     @property
     def goes_on(self) -> bool:
         """Whether a further token is to be fed: to sample another, or because its row is read."""
-        if self.group.failed is not None:
+        if self.group.failed is not None or self.stopped():
             return False
         wanted = (
             len(self.sampled) if self.group.task.checked.reads_gen else len(self.sampled) - int(self.ended)
@@ -168,6 +171,9 @@ class Batch:
                 collectors[id(step.group)].step(step, final_ND, self._body.readout)
             except errors.TrocarError as e:  # a full disk is its owner's, not the batch's
                 step.group.failed = e
+            except Exception:  # and so is a store that breaks
+                log.exception("an output of request %s failed", step.group.task.request)
+                step.group.failed = errors.refuse("internal", "", "an output could not be taken")
 
     def _sample(self, final_ND: torch.Tensor, rows: list[int]) -> None:
         want = [
@@ -178,8 +184,14 @@ class Batch:
         if not want:
             return
         logits_NV = self._body.readout.logits(final_ND[[row for _, row in want]])
-        for (sequence, _), logits_V in zip(want, logits_NV, strict=True):
-            sequence.accept(sequence.sampler.choose(logits_V), self._body.eos)
+        finite = logits_NV.amax(-1).isfinite().tolist()  # NaN is the largest of its row
+        for (sequence, _), logits_V, usable in zip(want, logits_NV, finite, strict=True):
+            if usable:
+                sequence.accept(sequence.sampler.choose(logits_V), self._body.eos)
+            else:
+                sequence.group.failed = errors.refuse(
+                    "result_not_finite", "", "the next-token logits overflowed"
+                )
 
     def _drop_done(self) -> None:
         keep = [b for b, s in enumerate(self._alive) if s.goes_on]

@@ -92,10 +92,13 @@ class HFEngine:
 
         Raises:
             Overloaded: `queue_full`.
+            ServerFault: `internal` when the engine is stopping.
         """
         tallies = Tallies(task)
         live = Live(task, Future(), tallies, Collector(task, tallies), deque(range(len(task.tokens))))
         with self._wake:
+            if self._closing:
+                raise _stopping()
             if len(self._live) >= self._limits.waiting_requests:
                 raise errors.refuse("queue_full", "", f"{len(self._live)} requests are waiting")
             self._live[task.request] = live
@@ -104,7 +107,7 @@ class HFEngine:
         return live.future
 
     def cancel(self, request: str) -> None:
-        """Stops a request before its next batch; its future fails with `cancelled`."""
+        """Stops a request before its next token or batch; its future fails with `cancelled`."""
         with self._wake:
             live = self._live.get(request)
             if live is not None and live.failed is None:
@@ -123,22 +126,35 @@ class HFEngine:
         return found
 
     def close(self) -> None:
+        """Stops what runs before its next token and fails what waits; twice is once."""
         with self._wake:
             self._closing = True
+            for live in self._live.values():
+                live.failed = live.failed or _stopping()
             self._wake.notify_all()
         self._thread.join()
 
     def _loop(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: bool(self._live) or self._closing)
-                if self._closing:
-                    break
-            if len(self._live) == 1:
-                time.sleep(self._limits.gather_s)
-            self._serve_one_batch()
-        for live in self._live.values():
-            live.future.set_exception(errors.refuse("internal", "", "the server is stopping"))
+        try:
+            while True:
+                with self._wake:
+                    self._wake.wait_for(lambda: bool(self._live) or self._closing)
+                    if self._closing:
+                        return
+                if len(self._live) == 1:
+                    time.sleep(self._limits.gather_s)
+                self._serve_one_batch()
+        finally:  # whatever ends this thread, nobody waits for it for ever
+            self._abandon()
+
+    def _abandon(self) -> None:
+        with self._wake:
+            self._closing = True
+            left = list(self._live.values())
+            self._live.clear()
+            self._turn.clear()
+        for live in left:
+            live.future.set_exception(live.failed or _stopping())
 
     def _serve_one_batch(self) -> None:
         taken = self._take()
@@ -174,7 +190,7 @@ class HFEngine:
         batch = Batch(self._body, lanes)
         try:
             batch.run()
-        except RuntimeError:
+        except Exception:  # one batch is lost, the engine is not
             log.exception("batch failed")
             _fail(taken, errors.refuse("internal", "", "the batch could not be run"))
         self._count(taken, lanes, batch)
@@ -183,7 +199,7 @@ class HFEngine:
                 (x.group.failed for x in lanes if x.group.task is live.task and x.group.failed), None
             )
             live.done += len(prompts)
-            live.task.progress(live.done)
+            _tell(live)
 
     def _count(self, taken: list[tuple[Live, list[int]]], lanes: list[Lane], batch: Batch) -> None:
         c = self._counters
@@ -200,18 +216,42 @@ class HFEngine:
             live.future.set_exception(live.failed)
             return
         try:
-            live.future.set_result(live.collector.result())
+            result = live.collector.result()
         except errors.TrocarError as e:
             live.future.set_exception(e)
+        except Exception:
+            log.exception("the result of request %s could not be made", live.task.request)
+            live.future.set_exception(errors.refuse("internal", "", "the result could not be made"))
+        else:
+            live.future.set_result(result)
 
 
 def _lanes(live: Live, prompts: list[int]) -> list[Lane]:
     group = Group(live.task, tuple(prompts), live.tallies)
     generation = live.task.checked.generation
     return [
-        Lane(group, live.collector, slot, live.task.tokens[p], Sampler(generation, p))
+        Lane(
+            group,
+            live.collector,
+            slot,
+            live.task.tokens[p],
+            Sampler(generation, p),
+            lambda: live.failed is not None,
+        )
         for slot, p in enumerate(prompts)
     ]
+
+
+def _stopping() -> errors.TrocarError:
+    return errors.refuse("internal", "", "the server is stopping")
+
+
+def _tell(live: Live) -> None:
+    try:
+        live.task.progress(live.done)
+    except Exception:
+        log.exception("the progress of request %s could not be told", live.task.request)
+        live.failed = live.failed or errors.refuse("internal", "", "the request's progress could not be told")
 
 
 def _fail(taken: list[tuple[Live, list[int]]], error: errors.TrocarError) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import TopPLogitsWarper
 
 from trocar.graph.program import Generation
 
@@ -17,14 +17,15 @@ class Sampler:
         self._greedy = generation.temperature == 0
         if self._greedy:
             return
-        self._temperature = TemperatureLogitsWarper(generation.temperature)
+        self._temperature = generation.temperature
         self._top_p = TopPLogitsWarper(generation.top_p)
         self._stream = torch.Generator().manual_seed((generation.seed * _STREAMS + prompt) % 2**63)
 
     def choose(self, logits_V: torch.Tensor) -> int:
-        """The next token id, given float32 logits [V]."""
+        """The next token id, given float32 logits [V] whose largest is finite."""
         if self._greedy:
             return int(logits_V.argmax())
-        scores_1V = self._temperature(None, logits_V.unsqueeze(0))
+        # below zero and in double precision, so that no temperature however small overflows to NaN
+        scores_1V = (logits_V - logits_V.amax()).double().unsqueeze(0) / self._temperature
         scores_1V = self._top_p(None, scores_1V)
         return int(torch.multinomial(scores_1V.softmax(-1), 1, generator=self._stream))
