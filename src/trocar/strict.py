@@ -117,7 +117,7 @@ def parse(model: type[M], raw: bytes, *, options: Mapping[str, Sequence[str]] | 
     try:
         return model.model_validate_json(raw)
     except ValidationError as e:
-        found = e.errors(include_url=False)
+        found = e.errors(include_url=False, include_input=False)
         if found[0]["type"] == "json_invalid":  # a lone surrogate: legal for the first reader only
             raise errors.refuse("bad_json", "$", f"the body is not UTF-8 JSON: {found[0]['msg']}") from None
         raise errors.ProgramError(_refusals(found, data, options or {})) from None
@@ -132,7 +132,9 @@ def make(model: type[M], /, **fields: Any) -> M:
     try:
         return model(**fields)
     except ValidationError as e:
-        raise errors.ProgramError(_refusals(e.errors(include_url=False), fields, {})) from None
+        raise errors.ProgramError(
+            _refusals(e.errors(include_url=False, include_input=False), fields, {})
+        ) from None
 
 
 @cache
@@ -162,18 +164,20 @@ _KIND_AT: Final = {
 def _refusals(found: Sequence[Any], data: Any, options: Mapping[str, Sequence[str]]) -> list[errors.Refusal]:
     """One refusal per place: branches of a union agree on a place, and an inner finding explains an outer."""
     places: dict[str, list[Any]] = {}
+    values: dict[str, Any] = {}
     for item in found[: 10 * MAX_FINDINGS]:
-        places.setdefault(_path(item, data), []).append(item)
+        path, values[path] = _place(item, data)
+        places.setdefault(path, []).append(item)
     inner = [path for path in places if not any(_inside(other, path) for other in places)]
-    return [_translate(path, places[path], options) for path in inner[:MAX_FINDINGS]]
+    return [_translate(path, places[path], values[path], options) for path in inner[:MAX_FINDINGS]]
 
 
 def _inside(path: str, outer: str) -> bool:
     return path.startswith((f"{outer}.", f"{outer}["))
 
 
-def _path(item: Any, data: Any) -> str:
-    """JSON path of a finding, followed through the data: a union's branch is in `loc` but not in the path."""
+def _place(item: Any, data: Any) -> tuple[str, Any]:
+    """JSON path of a finding, and the value there; a union's branch is in `loc` but not in the path."""
     out, here = "", data
     for part in item["loc"]:
         if isinstance(part, int):
@@ -181,17 +185,19 @@ def _path(item: Any, data: Any) -> str:
         elif isinstance(here, dict) and part in here:
             out, here = _field(out, part), here[part]
     if item["type"] == "missing":
-        return _field(out, item["loc"][-1])
+        return _field(out, item["loc"][-1]), None
     if item["type"].startswith("union_tag"):
-        return _field(out, "op")
-    return out or "$"
+        return _field(out, "op"), None
+    return out or "$", here
 
 
 def _field(path: str, name: str) -> str:
     return f"{path}.{name[:SHOWN]}" if path else name[:SHOWN]
 
 
-def _translate(path: str, items: Sequence[Any], options: Mapping[str, Sequence[str]]) -> errors.Refusal:
+def _translate(
+    path: str, items: Sequence[Any], value: Any, options: Mapping[str, Sequence[str]]
+) -> errors.Refusal:
     item = items[0]
     name = path.rpartition(".")[2]
     code = _KIND_AT.get((item["type"], name)) or _KIND.get(item["type"], "bad_value")
@@ -206,7 +212,7 @@ def _translate(path: str, items: Sequence[Any], options: Mapping[str, Sequence[s
     if code == "missing_field":
         return errors.refusal(code, path, f"the field {name!r} is required")
     wanted = ", or ".join(dict.fromkeys(i["msg"] for i in items))
-    return errors.refusal(code, path, f"{wanted} (got {_shown(item['input'])})")
+    return errors.refusal(code, path, f"{wanted} (got {_shown(value)})")
 
 
 def _shown(value: Any) -> str:

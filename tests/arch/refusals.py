@@ -38,7 +38,9 @@ def outcome(attempt: Callable[[], Any]) -> str:
 
 
 def cost(bits: int) -> Cost:
-    return Cost(tokens=1, rows_read=0, flops=1, bytes_stored=0, bits_out={"overhead": bits}, total_bits=bits, download_bits=0)  # fmt: skip
+    return Cost(
+        tokens=1, rows_read=0, flops=1, bytes_stored=0, bits_out={"overhead": bits}, total_bits=bits, download_bits=0
+    )  # fmt: skip
 
 
 def checked(nodes: list[dict[str, Any]]) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "trocar"
-NOT_OURS = {".git", ".venv", "site", "dist", "__pycache__", "node_modules"}
+NOT_OURS = {".git", ".venv", ".hypothesis", "site", "dist", "__pycache__", "report.html", ".coverage"}
 
 
 def modules(room: str = "") -> list[Path]:
@@ -35,8 +35,12 @@ def tracked() -> list[Path]:
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True)
         found = [ROOT / name for name in listed.stdout.split("\0") if name]
     else:
-        found = [p for p in ROOT.rglob("*") if not NOT_OURS & set(p.parts) and ".egg-info" not in str(p)]
+        found = [p for p in ROOT.rglob("*") if not any(map(_not_ours, p.relative_to(ROOT).parts))]
     return sorted(p for p in found if p.is_file())
+
+
+def _not_ours(part: str) -> bool:
+    return part in NOT_OURS or part.endswith(("_cache", ".egg-info"))
 
 
 def functions(module: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

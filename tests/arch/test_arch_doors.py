@@ -65,7 +65,9 @@ def test_only_release_makes_released() -> None:
     assert [name_of(p) for p in modules() if makes_released(tree(p))] == ["gate/release.py"]
 
 
-@pytest.mark.parametrize("line", ["release.Released(s, b'', 200, None)", "object.__new__(Released)", "class X(Released): pass"])  # fmt: skip
+@pytest.mark.parametrize(
+    "line", ["release.Released(s, b'', 200, None)", "object.__new__(Released)", "class X(Released): pass"]
+)
 def test_making_one_elsewhere_would_be_noticed(line: str) -> None:
     assert makes_released(ast.parse(line))
 

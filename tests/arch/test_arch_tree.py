@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def test_no_module_without_a_noun() -> None:
 
 
 def test_no_class_without_a_noun() -> None:
-    classes = [(name_of(p), n.name) for p in modules() for n in tree(p).body if type(n).__name__ == "ClassDef"]  # fmt: skip
+    found = [(name_of(p), n) for p in modules() for n in tree(p).body]
+    classes = [(where, n.name) for where, n in found if isinstance(n, ast.ClassDef)]
     assert [c for c in classes if VAGUE.search(c[1])] == []
 
 
@@ -64,4 +66,4 @@ def test_no_table_is_excused_in_vain() -> None:
 @pytest.mark.parametrize("path", modules(), ids=name_of)
 def test_every_module_says_what_it_is(path: Path) -> None:
     if path.name != "__init__.py":
-        assert (path.read_text().split('"""') + [""])[1].strip()
+        assert ([*path.read_text().split('"""'), ""])[1].strip()

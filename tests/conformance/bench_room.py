@@ -53,6 +53,8 @@ class Ask:
     Attributes:
         vectors: float32 [D] by id of a `tensor` node.
         stored: by id of a `stored` node, float32 [N_i, D] per prompt.
+        own: sinks to use instead of shelves, by id of a `capture` node.
+        sinks: where the captured rows of the latest run went.
     """
 
     nodes: Sequence[Any]
@@ -61,6 +63,7 @@ class Ask:
     vectors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     stored: Mapping[str, Sequence[torch.Tensor]] = field(default_factory=dict)
     progress: Any = None
+    own: Mapping[str, Any] = field(default_factory=dict)
     sinks: dict[str, Any] = field(default_factory=dict)
 
     def constants(self, prompt: int) -> dict[str, torch.Tensor]:
@@ -99,7 +102,7 @@ class Bench:
         return size * v / v.norm()
 
     def task(self, ask: Ask) -> Task:
-        """Checks the program and makes a task; `ask.sinks` gets a shelf per capture.
+        """Checks the program and makes a task; `ask.sinks` gets a new shelf per capture.
 
         Raises:
             ProgramError: what the checker finds.
@@ -126,7 +129,7 @@ class Bench:
             self.loaded.tokenize,
         )
         checked = check.check(program, scope, Prices(32, 256))
-        ask.sinks = {n.id: ask.sinks.get(n.id, Shelf()) for n in ask.nodes if isinstance(n, ops.Capture)}
+        ask.sinks = {n.id: ask.own.get(n.id, Shelf()) for n in ask.nodes if isinstance(n, ops.Capture)}
         return Task(
             request=f"test-{next(_numbers)}",
             checked=checked,

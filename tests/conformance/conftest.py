@@ -14,7 +14,7 @@ from trocar.engine.hf.engine import HFEngine
 TEXTS = (
     "The Eiffel Tower is in the city of",
     "In 1969 the first person walked on the",
-    "two",
+    "two words",
     "A list of colours: red, green, blue and also",
 )
 

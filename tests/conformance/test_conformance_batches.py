@@ -172,7 +172,7 @@ class FullDisk:
 @pytest.mark.parametrize("fault", [RuntimeError("boom"), OSError(5, "input/output"), KeyError("lost"), ValueError("bad")])
 def test_c37_a_failing_request_fails_alone(small: Bench, fault: Exception) -> None:
     """Whatever a sink raises ends its own request; the neighbour and the next request are served."""
-    a = Ask([read("resid_post.1", "all"), capture("r")], small.prompts[:1], greedy(4), sinks={"kept": FullDisk(fault)})
+    a = Ask([read("resid_post.1", "all"), capture("r")], small.prompts[:1], greedy(4), own={"kept": FullDisk(fault)})
     b = Ask([text(), logprobs(TOKENS, "all")], small.prompts, greedy(4))
     failed, ran = small.together(a, b)
     assert isinstance(failed, TrocarError)
@@ -186,7 +186,7 @@ def test_c37_a_refusal_of_the_sink_keeps_its_code(small: Bench) -> None:
     from trocar import errors
 
     full = FullDisk(errors.refuse("disk_full", "", "no room"))
-    a = Ask([read("resid_post.1", "all"), capture("r")], small.prompts[:1], greedy(4), sinks={"kept": full})
+    a = Ask([read("resid_post.1", "all"), capture("r")], small.prompts[:1], greedy(4), own={"kept": full})
     failed, ran = small.together(a, Ask([text()], small.prompts, greedy(4)))
     assert isinstance(failed, TrocarError)
     assert failed.code == "disk_full"
@@ -217,7 +217,8 @@ def test_c37_logits_that_are_not_finite_fail_alone(small: Bench, temperature: fl
 
     def logits(self: Any, rows: torch.Tensor) -> torch.Tensor:
         out = plain(self, rows).clone()
-        out[0] = float("nan")
+        if not poisoned:
+            out[0] = float("nan")
         poisoned.append(1)
         return out
 
@@ -235,12 +236,12 @@ def test_c37_logits_that_are_not_finite_fail_alone(small: Bench, temperature: fl
 def test_c42_nothing_is_left_after_two_hundred_requests(small: Bench) -> None:
     def tensors() -> int:
         gc.collect()
-        return sum(1 for o in gc.get_objects() if isinstance(o, torch.Tensor))
+        return sum(1 for o in gc.get_objects() if type(o) is torch.Tensor)
 
     ask = Ask([read("resid_post.1"), ops.EditScale(id="e", site="resid_post.2", by=1.1, at="prompt[*]"), capture("r"), text()], small.prompts[:2], greedy(2))
     for _ in range(5):
         small.alone(ask)
-    ask.sinks = {}
+    ask.sinks.clear()
     before, threads = tensors(), threading.active_count()
     for start in range(0, 200, 20):
         asks = [Ask(ask.nodes, ask.prompts, ask.generation) for _ in range(20)]

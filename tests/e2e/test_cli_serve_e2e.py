@@ -15,6 +15,7 @@ import httpx
 import pytest
 from cli_server import MODEL, Serving
 
+from trocar.cli.serving import GRACE_S, LATE
 from trocar.gate.database import Database
 from trocar.gate.ledger import Ledger
 from trocar.gate.policy import Policy
@@ -28,7 +29,10 @@ import trocar
 long = " the cat sat on the mat and looked at the moon" * 20
 model = trocar.Client(quiet=True).model({MODEL!r})
 try:
-    model.capture([f"{{i}}{{long}}" for i in range(64)], "resid_post.*", at="prompt[*]")
+    with model.trace([f"{{i}}{{long}}" for i in range(64)]) as t:
+        t.save("rows", t.capture(t.resid_post[:]["prompt[*]"]))
+        t.save("top", t.lens(t.resid_post[29][-1], top_k=5))
+    t.run().result()
     print("it finished")
 except trocar.TrocarError as e:
     print("refused", e.code)
@@ -163,11 +167,35 @@ def test_a_stop_in_the_middle_of_a_long_job_takes_less_than_five_seconds(
     assert cli_server.command(home, "ledger", "verify", "--data", str(serving.data)).returncode == 0
 
 
+STUCK = """
+import signal, time
+from types import SimpleNamespace
+from trocar.cli import address, serving
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+stuck = SimpleNamespace(service=SimpleNamespace(close=lambda: time.sleep(60)), halt=lambda: time.sleep(60))
+server = serving.HttpServer(stuck, "warning", lambda: print("ready", flush=True))
+server.serve_until_stopped(address.bind("127.0.0.1", 0))
+"""
+
+
+def test_a_stop_that_nothing_can_hurry_ends_the_process_in_time_and_says_so(tmp_path: Path) -> None:
+    with cli_server.script(tmp_path, STUCK, "", "") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        started_s = time.monotonic()
+        process.terminate()
+        _, err = process.communicate(timeout=30)
+        took_s = time.monotonic() - started_s
+    assert (process.returncode, LATE in err) == (1, True), err
+    assert GRACE_S - 0.5 < took_s < 5.5
+
+
 def test_killed_in_the_middle_of_a_capture(home: Path, serving: Serving) -> None:
     with capturing(serving) as handle:
         code, _ = serving.stop(signal.SIGKILL)
     assert code == -signal.SIGKILL
     [held] = ledger_rows(home, "select * from reservations where state = 'open'")
+    assert held["reserved_bits"] > 10 * Policy().overhead_bits  # so that "in full" is not "the overhead"
 
     again = cli_server.start(home, "--threads", "1")
     try:

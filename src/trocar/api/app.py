@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, FastAPI, Header, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -81,6 +82,10 @@ async def decode(request: Request, model: type[M]) -> tuple[M, dict[str, Any]]:
     """A strict model and the vectors beside it, from JSON or from a frame."""
     body = await read_body(request)
     kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+    return await to_thread.run_sync(_decode, body, kind, model)  # a large body must not stop the loop
+
+
+def _decode(body: bytes, kind: str, model: type[M]) -> tuple[M, dict[str, Any]]:
     if kind == tensors.MEDIA_TYPE:
         body, vectors = tensors.unpack(body)
         return strict.parse(model, body, options=OPTIONS), vectors
@@ -233,6 +238,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(RequestId)
     app.add_exception_handler(errors.TrocarError, _on_refusal)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(RequestValidationError, _on_parameter)
     app.add_exception_handler(Exception, _on_fault)
     openapi.mount(app, answer)
 
@@ -258,6 +264,16 @@ async def _on_http(request: Request, error: Exception) -> Response:
     return _refused(
         request, errors.refuse("no_route", request.url.path[:200], f"HTTP {status} at this address")
     )
+
+
+async def _on_parameter(request: Request, error: Exception) -> Response:
+    """A query parameter or header that FastAPI itself could not read."""
+    found = error.errors() if isinstance(error, RequestValidationError) else []
+    refusals = [
+        errors.refusal("bad_value", str(item["loc"][-1]), f"{item['msg']} (got {item.get('input')!r:.80})")
+        for item in found[:20]
+    ]
+    return _refused(request, errors.ProgramError(refusals))
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:

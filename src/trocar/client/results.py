@@ -303,7 +303,7 @@ class Plan:
                 [f"output {o.id}", f"{o.op}, leaves as {o.leaves_as}: {bits_text(o.bits)}"]
                 for o in self.view.outputs
             ],
-            ["overhead", bits_text(c.bits_out["overhead"] + c.bits_out.get("receipts", 0))],
+            ["overhead", bits_text(sum(c.bits_out.get(n, 0) for n in ("overhead", "receipts", "lengths")))],
             [
                 "bits out",
                 f"at most {bits_text(c.total_bits)}; the same rows as bf16: {bits_text(c.download_bits)}",

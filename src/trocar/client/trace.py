@@ -194,12 +194,8 @@ class Trace(Generic[PlanT, JobT]):
         return self._runner.run(self.recorded)
 
     def __repr__(self) -> str:
-        program = self._recorder.build() if self._recorder._nodes else None
-        lines = (
-            [f"{n.id:>8}  {n.op:<16} {_fields(n)}" for n in program.nodes]
-            if program
-            else ["  (nothing recorded)"]
-        )
+        nodes = self._recorder._nodes
+        lines = [f"{n.id:>8}  {n.op:<16} {_fields(n)}" for n in nodes] or ["  (nothing recorded)"]
         return "\n".join([f"Trace on {self._model.name}, {len(self._prompts)} prompts", *lines])
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import httpx
+from pydantic import ValidationError
 
 from trocar import errors
 from trocar.client.settings import Settings
@@ -31,7 +32,17 @@ class Answer:
     headers: httpx.Headers
 
     def view(self, model: type[V]) -> V:
-        return model.model_validate_json(self.body)
+        """The body as a model.
+
+        Raises:
+            ClientError: `unreachable` when it is not what a Trocar server of this version answers.
+        """
+        try:
+            return model.model_validate_json(self.body)
+        except ValidationError as e:
+            reason = f"the answer is not the {model.__name__} of this version: {e.errors()[0]['msg']}"
+            step = "Check the address, and that server and SDK have the same version."
+            raise errors.refuse("unreachable", "", reason, next_step=step) from None
 
     def charge(self) -> r.Charge:
         left = self.headers["x-trocar-bits-left"]
@@ -102,7 +113,7 @@ def _checked(response: httpx.Response) -> Answer:
     try:
         body = json.loads(response.content)
         raise errors.from_json(body, request_id)
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         text = response.text[:200]
         raise errors.refuse(
             "unreachable", str(response.url), f"HTTP {response.status_code} that is not Trocar's: {text!r}"

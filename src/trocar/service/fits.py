@@ -72,8 +72,8 @@ def _spread(reader: Reader, request: FitRequest) -> tuple[list[Any], list[Any] |
         raise errors.refuse("bad_labels", "labels", reason)
     if request.groups is not None and len(request.groups) != len(counts):
         raise errors.refuse("bad_labels", "groups", f"{len(request.groups)} groups for {len(counts)} prompts")
-    if max(counts) == 1:
-        return list(request.labels), None if request.groups is None else list(request.groups)
+    if max(counts) == 1 and request.groups is None:
+        return _repeat(request.labels, counts), None  # a prompt without a row has no say
     groups = request.groups or tuple(range(len(counts)))
     return _repeat(request.labels, counts), _repeat(groups, counts)
 
@@ -96,12 +96,22 @@ class Fit:
     hold: Hold
 
     def work(self, job: Job) -> Released:
+        artifact: str | None = None
         try:
             result = self._fit(job)
-            return self.gate.release(self.hold, self._result(result, self._save(result)))
+            artifact = self._save(result)
+            return self.gate.release(self.hold, self._result(result, artifact))
         except BaseException:
-            self.gate.cancel(self.hold)
+            self._undo(artifact)
             raise
+
+    def _undo(self, artifact: str | None) -> None:
+        """Nothing was released: the artifact goes, the overhead stays charged."""
+        try:
+            self.gate.cancel(self.hold)
+        finally:
+            if artifact is not None:
+                self.store.delete(self.tenant, artifact)
 
     def _fit(self, job: Job) -> analysis.FitResult:
         labels, groups = _spread(self.reader, self.request)
@@ -117,6 +127,7 @@ class Fit:
         )
 
     def _load(self, job: Job, index: int, site: str) -> Any:
+        self.jobs.require_wanted(job)
         self.jobs.progress(job, index)
         return self.reader.read(site)
 

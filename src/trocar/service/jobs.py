@@ -24,12 +24,13 @@ JobId = NewType("JobId", str)
 Kind = Literal["run", "fit"]
 KEEP_S: Final = 3600.0
 MAX_UNFINISHED_PER_TENANT: Final = 64
+MAX_FINISHED_PER_TENANT: Final = 256
 WORKERS: Final[dict[Kind, int]] = {"run": 32, "fit": 1}
 
 
 @dataclass(slots=True)
 class Job:
-    """One job; fields change under the table's lock."""
+    """One job; fields change under the table's lock. `unwanted` stays set once somebody cancelled it."""
 
     id: JobId
     tenant: str
@@ -42,6 +43,7 @@ class Job:
     released: Released | None = None
     error: errors.TrocarError | None = None
     stop: Callable[[], None] | None = field(default=None, repr=False)
+    unwanted: bool = False
 
 
 Work = Callable[[Job], Released]
@@ -53,25 +55,34 @@ class Jobs:
     def __init__(self) -> None:
         self._jobs: dict[JobId, Job] = {}
         self._changed = threading.Condition()
+        self._closing = False
         self._pools = {
             kind: ThreadPoolExecutor(n, thread_name_prefix=f"trocar-{kind}") for kind, n in WORKERS.items()
         }
 
     def start(self, tenant: str, kind: Kind, total: int, work: Work) -> r.JobView:
-        """Queues work.
+        """Queues work, which always runs: a job that nobody wants any more finds out by `require_wanted`.
 
         Raises:
             Overloaded: `queue_full` when the tenant has too many unfinished jobs.
+            ServerFault: `internal` when the server is stopping.
         """
         job = Job(JobId(f"job_{secrets.token_hex(16)}"), tenant, kind, total, time.monotonic())
         with self._changed:
-            self._forget_old()
+            self.require_room(tenant)
+            self._forget_old(tenant)
+            self._jobs[job.id] = job
+            self._pools[kind].submit(self._run, job, work)
+        return self.view(tenant, job.id)
+
+    def require_room(self, tenant: str) -> None:
+        """Refuses what `start` would refuse now, for callers who want to know before they pay."""
+        with self._changed:
             unfinished = sum(1 for j in self._jobs.values() if j.tenant == tenant and j.state not in r.FINAL)
+            if self._closing:
+                raise errors.refuse("internal", "", "the server is stopping")
             if unfinished >= MAX_UNFINISHED_PER_TENANT:
                 raise errors.refuse("queue_full", "", f"{unfinished} of your jobs are unfinished")
-            self._jobs[job.id] = job
-        self._pools[kind].submit(self._run, job, work)
-        return self.view(tenant, job.id)
 
     def finished(self, tenant: str, kind: Kind, total: int, released: Released) -> r.JobView:
         """Enters a job whose answer exists already: a replay."""
@@ -80,6 +91,7 @@ class Jobs:
         )
         job.released, job.ended_s = released, time.monotonic()
         with self._changed:
+            self._forget_old(tenant)
             self._jobs[job.id] = job
         return self.view(tenant, job.id)
 
@@ -102,12 +114,30 @@ class Jobs:
             return job.released if job.released is not None else self._view(job)
 
     def cancel(self, tenant: str, job_id: str) -> r.JobView:
-        """Asks a job to stop."""
+        """Asks a job to stop; one that still waits for its turn ends as soon as that comes."""
         with self._changed:
             job = self._find(tenant, job_id)
-        if job.stop is not None:
-            job.stop()
+            job.unwanted, stop = True, job.stop
+        if stop is not None:
+            stop()
         return self.view(tenant, job_id)
+
+    def stoppable(self, job: Job, stop: Callable[[], None]) -> None:
+        """Says how a running job is stopped; it is stopped at once if it was cancelled before."""
+        with self._changed:
+            job.stop, unwanted = stop, job.unwanted
+        if unwanted:
+            stop()
+
+    def require_wanted(self, job: Job) -> None:
+        """Ends a cancelled job between two steps of its work.
+
+        Raises:
+            RunFailed: `cancelled`.
+        """
+        with self._changed:
+            if job.unwanted:
+                raise errors.refuse("cancelled", "", "the job was cancelled")
 
     def progress(self, job: Job, done: int) -> None:
         with self._changed:
@@ -115,8 +145,14 @@ class Jobs:
             self._changed.notify_all()
 
     def close(self) -> None:
+        """Cancels what is unfinished and waits for it: each job gives back what it had reserved."""
+        with self._changed:
+            self._closing = True
+            unfinished = [j for j in self._jobs.values() if j.state not in r.FINAL]
+        for job in unfinished:
+            self.cancel(job.tenant, job.id)
         for pool in self._pools.values():
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown()
 
     def check(self) -> list[str]:
         """Broken invariants, for idle loops and `trocar doctor`."""
@@ -176,10 +212,14 @@ class Jobs:
             refusals=tuple(r.RefusalView(**x.as_json()) for x in job.error.refusals) if job.error else (),
         )
 
-    def _forget_old(self) -> None:
+    def _forget_old(self, tenant: str) -> None:
+        """Drops results that are old, and the oldest of a tenant who has too many: they are in memory."""
         now = time.monotonic()
-        for job in [j for j in self._jobs.values() if j.ended_s is not None and now - j.ended_s > KEEP_S]:
-            del self._jobs[job.id]
+        ended = [j for j in self._jobs.values() if j.ended_s is not None]
+        mine = sorted((j for j in ended if j.tenant == tenant), key=lambda j: j.ended_s or 0.0, reverse=True)
+        gone = {j.id for j in ended if now - (j.ended_s or 0.0) > KEEP_S}
+        for job_id in gone | {j.id for j in mine[MAX_FINISHED_PER_TENANT:]}:
+            del self._jobs[job_id]
 
 
 def _broken(job: Job) -> bool:

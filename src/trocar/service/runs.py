@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from trocar import errors
@@ -63,6 +64,7 @@ class Run:
     def work(self, job: Job) -> Released:
         writers: dict[str, Writer] = {}
         try:
+            self.jobs.require_wanted(job)
             writers = self._writers()
             result = self._execute(job, writers)
             return self.gate.release(self.hold, self._result(result, writers))
@@ -72,9 +74,12 @@ class Run:
 
     def _undo(self, writers: dict[str, Writer]) -> None:
         """Nothing was released: the rows go, the overhead stays charged."""
-        self.gate.cancel(self.hold)
-        for writer in writers.values():
-            self.store.delete(self.tenant, writer.id)
+        try:
+            self.gate.cancel(self.hold)
+        finally:
+            for writer in writers.values():
+                with suppress(errors.NotFound):  # its owner may have deleted it already
+                    self.store.delete(self.tenant, writer.id)
 
     def _writers(self) -> dict[str, Writer]:
         checked = self.prepared.checked
@@ -100,7 +105,7 @@ class Run:
             progress=lambda done: self.jobs.progress(job, done),
         )
         future = self.served.engine.submit(task)
-        job.stop = lambda: self.served.engine.cancel(job.id)
+        self.jobs.stoppable(job, lambda: self.served.engine.cancel(job.id))
         return future.result()
 
     def _result(self, result: TaskResult, writers: dict[str, Writer]) -> r.RunResult:

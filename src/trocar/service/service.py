@@ -101,6 +101,7 @@ class Service:
         served = self._served(request.model)
         prepared = self._prepare(principal, request, vectors, served)
         total = len(prepared.tokens)
+        self._jobs.require_room(principal.tenant)
         hold = self.gate.reserve(
             principal, served.facts, prepared.checked.cost, prepared.digest, idempotency_key
         )
@@ -118,7 +119,11 @@ class Service:
         """Admits a fit on stored rows and starts its job."""
         reader = self._store.open(principal.tenant, request.handle)
         served = self._served(reader.info.model)
+        if reader.info.fingerprint != served.facts.fingerprint:
+            reason = f"{request.handle!r} was made on another model than the {served.facts.name!r} of today"
+            raise errors.refuse("wrong_handle", "handle", reason)
         cost = fit_cost(reader, request, self.gate.prices)
+        self._jobs.require_room(principal.tenant)
         hold = self.gate.reserve(principal, served.facts, cost, fit_digest(request), idempotency_key)
         total = len(reader.info.widths)
         if isinstance(hold, Released):
@@ -137,8 +142,14 @@ class Service:
         return release.public(self._jobs.view(principal.tenant, job_id))
 
     def job_result(self, principal: Principal, job_id: str, wait_s: float) -> Released:
-        """The released bytes, or the job's state with status 202 while it runs."""
-        found = self._jobs.wait(principal.tenant, job_id, min(max(wait_s, 0.0), MAX_WAIT_S))
+        """The released bytes, or the job's state with status 202 while it runs.
+
+        Raises:
+            ProgramError: `bad_value` for a wait outside 0 to 30 s.
+        """
+        if not 0.0 <= wait_s <= MAX_WAIT_S:
+            raise errors.refuse("bad_value", "wait_s", f"{wait_s} is not in 0 to {MAX_WAIT_S:g} seconds")
+        found = self._jobs.wait(principal.tenant, job_id, wait_s)
         return found if isinstance(found, Released) else release.public(found, 202)
 
     def cancel(self, principal: Principal, job_id: str) -> Released:

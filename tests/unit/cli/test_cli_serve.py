@@ -7,14 +7,17 @@ import os
 import socket
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trocar.cli import address, saved
+from trocar.cli import address, saved, serve
 from trocar.client.settings import Settings, config_path
 from trocar.errors import TrocarError
+from trocar.gate.gate import Gate
+from trocar.gate.policy import Role, Tier
 
 URL, OTHER = "http://127.0.0.1:8765", "http://127.0.0.1:1234"
 
@@ -132,3 +135,44 @@ def test_doctor_finds_a_lost_file_of_the_store(trocar: Any, home: Path) -> None:
     assert ran.code == 1
     [bad] = [f for f in ran.json if f["level"] == "fail"]
     assert (bad["check"], "missing" in bad["said"]) == ("store", True)
+
+
+@pytest.fixture
+def gate(home: Path) -> Iterator[Gate]:
+    opened = Gate(f"sqlite:///{home / 'ledger.db'}")
+    yield opened
+    opened.close()
+
+
+def test_the_first_start_makes_one_operator_key_and_the_second_none(gate: Gate) -> None:
+    first = serve._access(gate, URL, None, save_key=False)
+    [record] = gate.keys.list()
+    assert (record.principal.tenant, record.principal.role, record.principal.tier) == (
+        "local",
+        Role.operator,
+        Tier.open,
+    )
+    secret = first.lines[0].partition("TROCAR_API_KEY=")[2]
+    assert gate.keys.authenticate(secret) == record.principal
+    assert (first.sdk_knows, config_path().exists()) == (False, False)  # a pipe: nothing is written
+    second = serve._access(gate, URL, None, save_key=False)
+    assert len(gate.keys.list()) == 1
+    assert "trk_" not in "".join(second.lines)
+
+
+def test_save_key_saves_and_a_restart_on_another_port_finds_its_own_key(gate: Gate) -> None:
+    assert serve._saved_secret(gate) is None
+    assert serve._access(gate, OTHER, None, save_key=True).sdk_knows
+    again = serve._saved_secret(gate)
+    assert again is not None
+    assert serve._access(gate, URL, again, save_key=True).sdk_knows
+    assert saved.read() == {"url": URL, "api_key": again}
+    assert len(gate.keys.list()) == 1
+
+
+def test_save_key_without_a_key_to_save_is_refused(gate: Gate) -> None:
+    gate.keys.create("alice", Tier.external, Role.researcher)
+    saved.save(URL, "trk_of_another_ledger", replace=False)
+    with pytest.raises(TrocarError) as caught:
+        serve._saved_secret(gate)
+    assert caught.value.path == "save-key"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,6 @@ from docs_desk import Desk, desk  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def docs_desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    with desk(tmp_path_factory.mktemp("desk")) as found:
+def docs_desk(tmp_path_factory: pytest.TempPathFactory, smollm2: Any) -> Iterator[Desk]:
+    with desk(tmp_path_factory.mktemp("desk"), smollm2) as found:
         yield found

@@ -16,8 +16,7 @@ from trocar.api.app import create_app
 from trocar.engine.hf.engine import HFEngine
 from trocar.gate.gate import Gate
 from trocar.gate.policy import Role, Tier
-from trocar.models.load import load
-from trocar.models.pull import pull
+from trocar.models.load import Loaded
 from trocar.service.prepare import Served
 from trocar.service.service import Service
 from trocar.store import Store
@@ -37,10 +36,8 @@ class Desk:
 
 
 @contextmanager
-def desk(folder: Path) -> Iterator[Desk]:
+def desk(folder: Path, loaded: Loaded) -> Iterator[Desk]:
     """Starts a server in `folder` and stops it."""
-    pull(MODEL)
-    loaded = load(MODEL)
     gate = Gate(f"sqlite:///{folder / 'ledger.db'}")
     keys = [
         gate.keys.create(name, tier, role).secret

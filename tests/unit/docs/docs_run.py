@@ -23,6 +23,22 @@ STATEMENTS = [
 LABELS = [1, 0, 1, 0] * 4
 
 
+class Clients:
+    """Makes clients for the blocks of a page, which do not close what they open, and closes them all."""
+
+    def __init__(self) -> None:
+        self._made: list[trocar.Client] = []
+        self._kind = trocar.Client
+
+    def __call__(self, *args: Any, **kwargs: Any) -> trocar.Client:
+        self._made.append(self._kind(*args, **kwargs))
+        return self._made[-1]
+
+    def close(self) -> None:
+        for client in self._made:
+            client.close()
+
+
 def names(desk: Desk) -> dict[str, Any]:
     """What the examples of the error pages start from: clients, a model, stored rows, a fitted probe."""
     client = trocar.Client(desk.url, desk.researcher, quiet=True)

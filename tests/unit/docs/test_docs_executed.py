@@ -22,12 +22,18 @@ DOCS = reference.DOCS
 ELSEWHERE = {DOCS / "programs.md"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def clients() -> Iterator[None]:
+    opened = docs_run.Clients()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trocar, "Client", opened)
+        yield
+    opened.close()
+
+
 @pytest.fixture(scope="module")
-def names(docs_desk: Desk) -> Iterator[dict[str, Any]]:
-    found = docs_run.names(docs_desk)
-    yield found
-    found["client"].close()
-    found["agent"].close()
+def names(docs_desk: Desk, clients: None) -> dict[str, Any]:
+    return docs_run.names(docs_desk)
 
 
 @pytest.fixture

@@ -22,12 +22,14 @@ from trocar.wire.requests import RunRequest
 
 DOCS = reference.DOCS
 LAYERS = {f"resid_post.{i}": 576 for i in range(30)}
+ACTS, ART = "act_" + "0" * 32, "art_" + "0" * 32
+MADE_ON = reference.FACTS.fingerprint
 HANDLES = {
-    "act_" + "0" * 32: HandleFacts(handle="act_" + "0" * 32, kind="activations", fingerprint=reference.FACTS.fingerprint,
-                                   widths=LAYERS, rows_per_prompt=(1,)),
-    "art_" + "0" * 32: HandleFacts(handle="art_" + "0" * 32, kind="artifact", fingerprint=reference.FACTS.fingerprint,
-                                   widths=LAYERS, has_probe=True),
-}  # fmt: skip
+    ACTS: HandleFacts(
+        handle=ACTS, kind="activations", fingerprint=MADE_ON, widths=LAYERS, rows_per_prompt=(1,)
+    ),
+    ART: HandleFacts(handle=ART, kind="artifact", fingerprint=MADE_ON, widths=LAYERS, has_probe=True),
+}
 
 
 @pytest.mark.parametrize("path", sorted(reference.current()), ids=lambda p: p.relative_to(DOCS).as_posix())

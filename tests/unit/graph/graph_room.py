@@ -69,6 +69,7 @@ def _artifact(handle: str, fingerprint: str = "f" * 64, *, has_probe: bool = Fal
     )
 
 
+PAPER = facts()
 HANDLES = {
     ACTS: _acts(ACTS, (1, 1)),
     SPARSE: _acts(SPARSE, (2, 0)),
@@ -91,7 +92,7 @@ class Case:
 
     lengths: tuple[int, ...] = (5, 7)
     new: int = 0
-    model: ModelFacts = facts()
+    model: ModelFacts = PAPER
     handles: tuple[str, ...] = tuple(HANDLES)
 
     def scope(self) -> Scope:

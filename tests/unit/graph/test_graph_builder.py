@@ -44,7 +44,11 @@ class T:
 
 
 def _plain(node: Node, places: dict[str, int]) -> dict[str, Any]:
-    out = {k: v for k, v in node.model_dump().items() if k != "id" and (k, v) not in (("coef", 1.0), ("top_k", 5))}
+    out = {
+        k: v
+        for k, v in node.model_dump().items()
+        if k != "id" and (k, v) not in (("coef", 1.0), ("top_k", 5))
+    }
     for name in ("a", "b", "of", "value"):
         if isinstance(out.get(name), str):
             out[name] = places.get(out[name], out[name])
@@ -183,7 +187,9 @@ def test_an_edit_of_a_family(t: T) -> None:
     t.r.apply(EditSpec("edit.project_out", "resid_post.*", "all", ONES))
     t.r.apply(EditSpec("edit.set", "resid_post.0", LAST, "zero"))
     nodes = t.nodes()
-    assert [n.get("site") for n in nodes if n["op"] == "edit.project_out"] == [f"resid_post.{i}" for i in range(4)]
+    assert [n.get("site") for n in nodes if n["op"] == "edit.project_out"] == [
+        f"resid_post.{i}" for i in range(4)
+    ]
     assert nodes[-1] == {"op": "edit.set", "site": "resid_post.0", "at": LAST, "value": "zero"}
 
 
@@ -305,7 +311,9 @@ def test_values_of_another_trace(t: T) -> None:
         t.resid_post[1] += other
 
 
-@pytest.mark.parametrize("use", [np.asarray, bool, float, list, lambda h: 3 in h], ids=["array", "bool", "float", "iter", "in"])
+@pytest.mark.parametrize(
+    "use", [np.asarray, bool, float, list, lambda h: 3 in h], ids=["array", "bool", "float", "iter", "in"]
+)
 def test_values_are_not_here(t: T, use: Any) -> None:
     h = t.resid_post[1]
     with pytest.raises(errors.ClientError) as caught:
@@ -318,7 +326,11 @@ def test_values_are_not_here(t: T, use: Any) -> None:
 def test_a_site_that_does_not_exist(t: T) -> None:
     with pytest.raises(builder.NoSuchSite) as caught:
         t.resid_pots  # noqa: B018
-    assert (caught.value.code, caught.value.path, caught.value.closest) == ("unknown_site", "resid_pots", "resid_post")
+    assert (caught.value.code, caught.value.path, caught.value.closest) == (
+        "unknown_site",
+        "resid_pots",
+        "resid_post",
+    )
     assert not hasattr(t, "hidden_states_7")
 
 
@@ -331,7 +343,9 @@ def test_selectors(position: Any, text: str) -> None:
     assert selector(position) == text
 
 
-@pytest.mark.parametrize("position", [True, 1.5, None, slice(0, 4, 2), slice("a", None), slice(True, None), ...])
+@pytest.mark.parametrize(
+    "position", [True, 1.5, None, slice(0, 4, 2), slice("a", None), slice(True, None), ...]
+)
 def test_what_is_no_selector(position: Any) -> None:
     with pytest.raises(errors.ClientError) as caught:
         selector(position)

@@ -1,5 +1,6 @@
 """What a program costs, counted by hand, and the table that the prices stand in."""
 
+# ruff: noqa: E501 - tables of cases, one a line
 from __future__ import annotations
 
 import typing
@@ -34,7 +35,12 @@ def test_text_counts_an_end_mark_and_needs_no_other_length() -> None:
 
 
 def test_generated_rows_tell_a_length_per_prompt_once() -> None:
-    nodes = [read(at="gen[*]"), node("dot", "d", a="r", b="v"), node("score", "s", of="d"), node("capture", "c", of=["r"])]
+    nodes = [
+        read(at="gen[*]"),
+        node("dot", "d", a="r", b="v"),
+        node("score", "s", of="d"),
+        node("capture", "c", of=["r"]),
+    ]
     found = bits(CASE.having(new=6), V, *nodes)
     assert found == {"overhead": 256, "lengths": 2 * 3, "s": 2 * 6 * 24, "c": 0}  # 0 to 6 tokens: 3 bits
     checked = CASE.having(new=6).check(V, *nodes)
@@ -93,7 +99,9 @@ def test_nested_tokens_are_kept_by_prompt() -> None:
 
 
 def test_edits_and_outputs_in_order() -> None:
-    checked = CASE.check(V, node("edit.add", "e", site="z.1", value="v"), LOGPROBS, read(), node("lens", of=["r"]))
+    checked = CASE.check(
+        V, node("edit.add", "e", site="z.1", value="v"), LOGPROBS, read(), node("lens", of=["r"])
+    )
     assert [n.id for n in checked.edits()] == ["e"]
     assert [n.id for n in checked.outputs()] == ["out", "x"]
 
@@ -150,14 +158,21 @@ def test_positions(text: str, length: int, new: int, prompt: list[int], gen: lis
 
 @pytest.mark.parametrize(
     ("text", "canonical_text"),
-    [("prompt[:]", "prompt[*]"), ("gen[00:01]", "gen[0:1]"), ("prompt[-0]", "prompt[0]"), ("gen[:7]", "gen[:7]")],
+    [
+        ("prompt[:]", "prompt[*]"),
+        ("gen[00:01]", "gen[0:1]"),
+        ("prompt[-0]", "prompt[0]"),
+        ("gen[:7]", "gen[:7]"),
+    ],
 )
 def test_one_spelling(text: str, canonical_text: str) -> None:
     assert positions.parse(text, "at").text == canonical_text
 
 
 def test_prompts_of_one_length_share_their_rows() -> None:
-    rows = CASE.having(lengths=(5, 7, 5)).check(read(at="prompt[-2:]"), LOGPROBS).selections["prompt[-2:]"].rows
+    rows = (
+        CASE.having(lengths=(5, 7, 5)).check(read(at="prompt[-2:]"), LOGPROBS).selections["prompt[-2:]"].rows
+    )
     assert rows[0] is rows[2]
     assert [list(x.prompt) for x in rows] == [[3, 4], [5, 6], [3, 4]]
 
@@ -172,7 +187,9 @@ def members() -> list[type[ops.Node]]:
 
 def test_every_node_has_exactly_one_row() -> None:
     assert [row.node for row in spec.SPEC.values()] == members()
-    defined = {v for v in vars(ops).values() if isinstance(v, type) and issubclass(v, ops.Node) and v is not ops.Node}
+    defined = {
+        v for v in vars(ops).values() if isinstance(v, type) and issubclass(v, ops.Node) and v is not ops.Node
+    }
     assert set(members()) == defined
 
 
@@ -184,7 +201,11 @@ def test_a_row_is_complete(row: spec.OpSpec) -> None:
     assert row.gives
     assert (row.bits is not None) == (row.group == "output")
     assert (row.declassifier != "none") == (row.group == "output")
-    refs = {n for n, f in row.node.model_fields.items() if n != "id" and f.annotation in (ops.Ref, ops.Refs) or n in ("a", "b", "of", "value")}
+    refs = {
+        n
+        for n, f in row.node.model_fields.items()
+        if (n != "id" and f.annotation in (ops.Ref, ops.Refs)) or n in ("a", "b", "of", "value")
+    }
     assert refs == set(row.takes)
     assert set(row.node.model_fields) <= set(spec.field_names())
 

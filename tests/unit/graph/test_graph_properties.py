@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from typing import Any
 
 from graph_room import ACTS, HANDLES, PRICES, PROBE, Case, node, program, read
@@ -35,7 +36,7 @@ class Draft:
     def pick(self, options: Any) -> Any:
         return self.draw(st.sampled_from(list(options)))
 
-    def add(self, op: str, value: tuple[str, int, str | None, int] | None = None, **fields: Any) -> str:
+    def add(self, op: str, value: tuple[str, int, str | None, int] | None = None, /, **fields: Any) -> str:
         name = f"x{len(self.nodes)}"
         self.nodes.append(node(op, name, **fields))
         if value is not None:
@@ -63,7 +64,11 @@ class Draft:
     def arithmetic(self) -> None:
         a = self.pick(self.values)
         kind, width, at, layer = self.values[a]
-        same = [b for b, v in self.values.items() if v[1] == width and (v[0] == "vector" or v[:3] == (kind, width, at))]
+        same = [
+            b
+            for b, v in self.values.items()
+            if v[1] == width and (v[0] == "vector" or v[:3] == (kind, width, at))
+        ]
         verb = self.draw(st.integers(0, 3))
         if verb == 0:
             self.add("scale", self.values[a], of=a, by=self.draw(st.floats(-1e6, 1e6)))
@@ -84,8 +89,8 @@ class Draft:
             name
             for name, (kind, w, value_at, known) in self.values.items()
             if w == width
-            and (kind == "vector" or (kind == "per_prompt" or (kind == "rows" and value_at == at)) and known < layer
-                 or kind == "per_prompt" and at in ("gen[*]", "gen[0:2]", "gen[1]"))
+            and (kind == "vector" or ((kind == "per_prompt" or (kind == "rows" and value_at == at)) and known < layer)
+                 or (kind == "per_prompt" and at in ("gen[*]", "gen[0:2]", "gen[1]")))
         ]  # fmt: skip
         if not legal:
             self.add("edit.scale", site=text, at=at, by=0.5)
@@ -114,7 +119,9 @@ def drafts(draw: st.DrawFn) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
     lengths = tuple(draw(st.lists(st.integers(4, 12), min_size=1, max_size=3)))
     draft = Draft(draw, lengths)
     draft.read("prompt[-1]")
-    for step in draw(st.lists(st.sampled_from(("read", "constant", "arithmetic", "edit", "output")), max_size=14)):
+    for step in draw(
+        st.lists(st.sampled_from(("read", "constant", "arithmetic", "edit", "output")), max_size=14)
+    ):
         getattr(draft, step)()
     draft.output()
     return draft.nodes, lengths
@@ -126,7 +133,9 @@ def scope(lengths: tuple[int, ...]) -> Scope:
 
 @FAST
 @given(drafts())
-def test_legal_programs_are_accepted_and_their_price_adds_up(draft: tuple[list[dict[str, Any]], tuple[int, ...]]) -> None:
+def test_legal_programs_are_accepted_and_their_price_adds_up(
+    draft: tuple[list[dict[str, Any]], tuple[int, ...]],
+) -> None:
     nodes, lengths = draft
     written = program(*nodes)
     checked = check.check(written, scope(lengths), PRICES)
@@ -140,12 +149,17 @@ def test_legal_programs_are_accepted_and_their_price_adds_up(draft: tuple[list[d
 
 @FAST
 @given(drafts(), st.integers(1, 40))
-def test_the_price_grows_with_the_lengths_only(draft: tuple[list[dict[str, Any]], tuple[int, ...]], extra: int) -> None:
-    """Two requests with prompts of the same lengths cost the same: contents are not even seen by the checker."""
+def test_the_price_grows_with_the_lengths_only(
+    draft: tuple[list[dict[str, Any]], tuple[int, ...]], extra: int
+) -> None:
+    """The checker is given lengths and no contents, and a price never falls with them."""
     nodes, lengths = draft
-    assert check.check(program(*nodes), scope(lengths), PRICES).cost == check.check(program(*nodes), scope(lengths), PRICES).cost
+    assert "prompts" not in Scope.__slots__
+    here = check.check(program(*nodes), scope(lengths), PRICES).cost
     longer = check.check(program(*nodes), scope(tuple(n + extra for n in lengths)), PRICES).cost
-    assert longer.total_bits >= check.check(program(*nodes), scope(lengths), PRICES).cost.total_bits
+    assert longer.total_bits >= here.total_bits
+    backwards = check.check(program(*nodes), scope(lengths[::-1]), PRICES).cost
+    assert backwards == here
 
 
 @FAST
@@ -166,8 +180,17 @@ WORDS = st.sampled_from(
     ["zero", "x0", "x1", "x2", "resid_post.1", "final_norm", "prompt[0]", "gen[*]", "all", "", "\x00", "é", "__class__",
      "edit.add", "lens", *HANDLES]
 )  # fmt: skip
-LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | WORDS | st.text(max_size=8)
-GARBAGE = st.recursive(LEAVES, lambda x: st.lists(x, max_size=3) | st.dictionaries(WORDS, x, max_size=3), max_leaves=6)
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | WORDS
+    | st.text(max_size=8)
+)
+GARBAGE = st.recursive(
+    LEAVES, lambda x: st.lists(x, max_size=3) | st.dictionaries(WORDS, x, max_size=3), max_leaves=6
+)
 
 
 def judge(body: Any, lengths: tuple[int, ...]) -> None:
@@ -176,8 +199,11 @@ def judge(body: Any, lengths: tuple[int, ...]) -> None:
     try:
         check.check(strict.parse(Program, raw, options={"op": tuple(SPEC)}), scope(lengths), PRICES)
     except errors.TrocarError as e:
-        assert all(r.code in errors.CODES and r.reason and r.next_step for r in e.refusals)
-        assert len(e.refusals) <= check.MAX_REFUSALS
+        found = e.refusals
+    else:
+        found = ()
+    assert all(r.code in errors.CODES and r.reason and r.next_step for r in found)
+    assert len(found) <= check.MAX_REFUSALS
     assert time.perf_counter() - started < 0.05 * SLACK
 
 
@@ -206,10 +232,8 @@ def seconds(work: Any) -> float:
     best = 9.0
     for _ in range(3):
         started = time.perf_counter()
-        try:
+        with suppress(errors.TrocarError):
             work()
-        except errors.TrocarError:
-            pass
         best = min(best, time.perf_counter() - started)
     return best
 
@@ -242,7 +266,12 @@ def test_doubling_is_linear() -> None:
 
 def test_an_ordinary_program_takes_a_millisecond() -> None:
     reads = [read(f"r{i}", f"resid_post.{i % 4}", f"prompt[{i % 5}]") for i in range(19)]
-    nodes = [*reads, *(node("lens", f"l{i}", of=[f"r{i}"]) for i in range(19)), node("text", "t"), node("logprobs", "p", tokens=[1])]
+    nodes = [
+        *reads,
+        *(node("lens", f"l{i}", of=[f"r{i}"]) for i in range(19)),
+        node("text", "t"),
+        node("logprobs", "p", tokens=[1]),
+    ]
     ordinary = program(*nodes)
     assert len(ordinary.nodes) == 40
     times = []
@@ -258,13 +287,16 @@ def test_many_prompts_with_many_selectors() -> None:
     lengths = tuple(50 + i % 150 for i in range(4096))
     nodes = [read(f"r{i}", at=f"prompt[{i % 25}:{25 + i // 25}]") for i in range(238)]
     big = Case(lengths=lengths, model=Case().model.model_copy(update={"context": 1000})).scope()
-    assert seconds(lambda: check.check(program(*nodes, node("logprobs", tokens=["a"])), big, PRICES)) < 1.0
+    assert (
+        seconds(lambda: check.check(program(*nodes, node("logprobs", tokens=["a"])), big, PRICES))
+        < 1.0 * SLACK
+    )
 
 
 def test_unknown_names_beside_long_legal_ones() -> None:
     legal = [node("tensor", f"a{'b' * 55}{i}", name="v") for i in range(1000)]
     unknown = [node("scale", f"s{i}", of=f"a{'c' * 25}{'b' * 30}{i}", by=1.0) for i in range(900)]
-    assert seconds(lambda: check.check(program(*legal, *unknown), Case().scope(), PRICES)) < 2.0
+    assert seconds(lambda: check.check(program(*legal, *unknown), Case().scope(), PRICES)) < 1.0 * SLACK
 
 
 def test_generation_is_bounded() -> None:

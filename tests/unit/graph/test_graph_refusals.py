@@ -1,5 +1,6 @@
 """Every way the checker says no: code, path, the offending value, the nearest legal spelling, a next step."""
 
+# ruff: noqa: E501 - tables of cases, one a line
 from __future__ import annotations
 
 from typing import Any
@@ -112,7 +113,9 @@ ROWS: list[tuple[str, list[dict[str, Any]], str, str, str, str | None]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("nodes", "code", "path", "names", "closest"), [r[1:] for r in ROWS], ids=[r[0] for r in ROWS])
+@pytest.mark.parametrize(
+    ("nodes", "code", "path", "names", "closest"), [r[1:] for r in ROWS], ids=[r[0] for r in ROWS]
+)
 def test_one_mistake_is_one_refusal(
     nodes: list[dict[str, Any]], code: str, path: str, names: str, closest: str | None
 ) -> None:

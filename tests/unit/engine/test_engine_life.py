@@ -1,0 +1,155 @@
+"""The engine's own life: queueing, cancelling, closing, and a thread that dies. Nobody ever waits for ever."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from trocar.engine.hf.engine import HFEngine, Limits
+from trocar.engine.protocol import Task
+from trocar.errors import Overloaded, RunFailed, ServerFault, TrocarError
+from trocar.graph import check, ops
+from trocar.graph.cost import Prices
+from trocar.graph.program import Generation, Program
+from trocar.graph.rules import Scope
+
+WAIT_S = 20.0
+
+
+@pytest.fixture
+def engine(tiny: Any) -> Iterator[HFEngine]:
+    made = HFEngine(tiny, Limits(waiting_requests=4))
+    yield made
+    made.close()
+
+
+def task(engine: HFEngine, name: str, most: int = 2, prompts: int = 1) -> Task:
+    generation = Generation(max_new_tokens=most, stop_at_eos=False)
+    tokens = ((1, 2, 3),) * prompts
+    scope = Scope(engine.facts, tuple(len(t) for t in tokens), generation, {}, {}, lambda _: ())
+    checked = check.check(Program(nodes=(ops.Text(id="text"),)), scope, Prices(32, 256))
+    return Task(name, checked, tokens, {}, {}, {}, {}, lambda _: None)
+
+
+def test_a_task_is_answered(engine: HFEngine) -> None:
+    result = engine.submit(task(engine, "a", prompts=3)).result(WAIT_S)
+    assert [len(ids) for ids in result.outputs["text"].ids] == [2, 2, 2]
+    stats = engine.stats()
+    assert (stats.forwards, stats.sequences, stats.tokens) == (2, 3, 3 * 3 + 3)
+    assert engine.check() == []
+
+
+def test_a_full_queue_says_so(engine: HFEngine) -> None:
+    with engine._wake:
+        futures = [engine.submit(task(engine, str(i))) for i in range(4)]
+        with pytest.raises(Overloaded) as caught:
+            engine.submit(task(engine, "x"))
+    assert caught.value.code == "queue_full"
+    assert [f.result(WAIT_S) is not None for f in futures] == [True] * 4
+
+
+def test_cancelling_before_and_while_it_runs(engine: HFEngine) -> None:
+    with engine._wake:
+        waiting = engine.submit(task(engine, "a"))
+        other = engine.submit(task(engine, "b"))
+        engine.cancel("a")
+    with pytest.raises(RunFailed) as caught:
+        waiting.result(WAIT_S)
+    assert caught.value.code == "cancelled"
+    assert other.result(WAIT_S)
+    running = engine.submit(task(engine, "c", most=200))
+    while not engine.stats().live_requests:
+        time.sleep(0.001)
+    engine.cancel("c")
+    engine.cancel("never heard of")
+    with pytest.raises(RunFailed):
+        running.result(WAIT_S)
+    assert engine.stats().forwards < 200
+
+
+def test_cancelling_one_of_two_lets_the_other_finish(engine: HFEngine) -> None:
+    alone = engine.submit(task(engine, "x", most=60)).result(WAIT_S)
+    with engine._wake:
+        a, b = engine.submit(task(engine, "a", most=200)), engine.submit(task(engine, "b", most=60))
+    while engine.stats().live_requests:
+        engine.cancel("a")
+        if b.done():
+            break
+        time.sleep(0.001)
+    assert b.result(WAIT_S) == alone
+    with pytest.raises(RunFailed):
+        a.result(WAIT_S)
+
+
+def test_closing_fails_what_waits_and_refuses_what_comes(tiny: Any) -> None:
+    engine = HFEngine(tiny)
+    with engine._wake:
+        long = engine.submit(task(engine, "a", most=250))
+        late = engine.submit(task(engine, "b", most=250))
+    closer = threading.Thread(target=engine.close)
+    closer.start()
+    closer.join(WAIT_S)
+    assert not closer.is_alive()
+    for future in (long, late):
+        with pytest.raises(ServerFault) as caught:
+            future.result(1)
+        assert "stopping" in caught.value.reason
+    with pytest.raises(ServerFault):
+        engine.submit(task(engine, "c"))
+    engine.close()
+    assert engine.stats().live_requests == 0
+    assert engine.check() == []
+
+
+def test_a_batch_that_breaks_fails_its_requests_and_no_later_one(engine: HFEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trocar.engine.hf import batch
+
+    def broken(*_: Any) -> None:
+        raise IndexError("a bug of ours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch.Batch, "_first", broken)
+        with pytest.raises(ServerFault) as caught:
+            engine.submit(task(engine, "a")).result(WAIT_S)
+    assert caught.value.code == "internal"
+    assert "bug" not in str(caught.value)
+    assert engine.submit(task(engine, "b")).result(WAIT_S)
+    assert engine.check() == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_leaves_nobody_waiting(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = HFEngine(tiny)
+
+    def die() -> None:
+        raise SystemError("the interpreter broke")
+
+    monkeypatch.setattr(engine, "_serve_one_batch", die)
+    future: Future[Any] = engine.submit(task(engine, "a"))
+    with pytest.raises(TrocarError):
+        future.result(WAIT_S)
+    engine._thread.join(WAIT_S)
+    assert engine.check() == ["the engine thread is dead"]
+    with pytest.raises(ServerFault):
+        engine.submit(task(engine, "b"))
+
+
+def test_requests_take_turns(tiny: Any) -> None:
+    """A request of one prompt does not wait for the whole of one with fifty."""
+    engine = HFEngine(tiny, Limits(batch_sequences=4))
+    seen: list[str] = []
+    many, one = task(engine, "many", prompts=50), task(engine, "one")
+    with engine._wake:
+        futures = {"many": engine.submit(many), "one": engine.submit(one)}
+    for name, future in futures.items():
+        future.add_done_callback(lambda _, name=name: seen.append(name))
+    for future in futures.values():
+        future.result(WAIT_S)
+    time.sleep(0.05)
+    assert seen == ["one", "many"]
+    engine.close()

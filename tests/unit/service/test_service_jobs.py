@@ -1,0 +1,179 @@
+"""The table of jobs: states, cancelling, forgetting, closing; with work that is written here."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from trocar import errors
+from trocar.errors import NotFound, Overloaded, RunFailed, ServerFault
+from trocar.gate import release
+from trocar.service import jobs as room
+from trocar.service.jobs import Job, Jobs
+from trocar.wire import results as r
+
+WAIT_S = 10.0
+
+
+@pytest.fixture
+def jobs() -> Iterator[Jobs]:
+    made = Jobs()
+    yield made
+    assert made.check() == []
+    made.close()
+
+
+def answer() -> Any:
+    return release.public(r.HealthView(status="ok", version="x"))
+
+
+def test_a_job_is_done(jobs: Jobs) -> None:
+    def work(job: Job) -> Any:
+        jobs.progress(job, 2)
+        return answer()
+
+    view = jobs.start("a", "run", 3, work)
+    found = jobs.wait("a", view.job, WAIT_S)
+    assert isinstance(found, release.Released)
+    assert (jobs.view("a", view.job).state, jobs.view("a", view.job).done) == ("COMPLETED", 2)
+
+
+@pytest.mark.parametrize("error", [ValueError("secret"), KeyError("x"), errors.refuse("disk_full", "", "full")])
+def test_a_job_that_fails(jobs: Jobs, error: Exception) -> None:
+    def work(_job: Job) -> Any:
+        raise error
+
+    view = jobs.start("a", "run", 1, work)
+    with pytest.raises(errors.TrocarError) as caught:
+        jobs.wait("a", view.job, WAIT_S)
+    assert caught.value.code == ("disk_full" if isinstance(error, errors.TrocarError) else "internal")
+    assert "secret" not in str(caught.value)
+    state = jobs.view("a", view.job)
+    assert (state.state, state.refusals[0].code) == ("FAILED", caught.value.code)
+
+
+def test_a_job_belongs_to_its_tenant(jobs: Jobs) -> None:
+    view = jobs.start("a", "run", 1, lambda _: answer())
+    for verb in (jobs.view, jobs.cancel, lambda t, j: jobs.wait(t, j, 0)):
+        with pytest.raises(NotFound) as foreign:
+            verb("b", view.job)
+        assert foreign.value.code == "job_not_found"
+
+
+def test_waiting_ends_after_its_time(jobs: Jobs) -> None:
+    go = threading.Event()
+    view = jobs.start("a", "run", 1, lambda _: (go.wait(WAIT_S), answer())[1])
+    started = time.monotonic()
+    found = jobs.wait("a", view.job, 0.1)
+    assert isinstance(found, r.JobView)
+    assert time.monotonic() - started < 2
+    go.set()
+    assert isinstance(jobs.wait("a", view.job, WAIT_S), release.Released)
+
+
+def test_a_cancelled_job_finds_out_wherever_it_is(jobs: Jobs) -> None:
+    """Waiting for a worker; before it said how it is stopped; after."""
+    go, stopped = threading.Event(), []
+
+    def block(job: Job) -> Any:
+        go.wait(WAIT_S)
+        jobs.require_wanted(job)
+        jobs.stoppable(job, lambda: stopped.append(job.id))
+        return answer()
+
+    first = jobs.start("a", "fit", 1, block)
+    queued = jobs.start("a", "fit", 1, block)
+    while jobs.view("a", first.job).state != "RUNNING":
+        time.sleep(0.005)
+    assert jobs.view("a", queued.job).state == "QUEUED"
+    assert jobs.view("a", queued.job).ahead == 0
+    jobs.cancel("a", queued.job)
+    jobs.cancel("a", first.job)
+    go.set()
+    for view in (first, queued):
+        with pytest.raises(RunFailed) as caught:
+            jobs.wait("a", view.job, WAIT_S)
+        assert caught.value.code == "cancelled"
+        assert jobs.view("a", view.job).state == "CANCELLED"
+
+    ready, hold = threading.Event(), threading.Event()
+
+    def running(job: Job) -> Any:
+        jobs.stoppable(job, hold.set)
+        ready.set()
+        assert hold.wait(WAIT_S)
+        raise errors.refuse("cancelled", "", "stopped")
+
+    view = jobs.start("a", "run", 1, running)
+    ready.wait(WAIT_S)
+    jobs.cancel("a", view.job)
+    with pytest.raises(RunFailed):
+        jobs.wait("a", view.job, WAIT_S)
+
+
+def test_stop_is_called_when_the_cancelling_came_first(jobs: Jobs) -> None:
+    go, stopped = threading.Event(), []
+
+    def late(job: Job) -> Any:
+        go.wait(WAIT_S)
+        jobs.stoppable(job, lambda: stopped.append(True))
+        return answer()
+
+    view = jobs.start("a", "run", 1, late)
+    jobs.cancel("a", view.job)
+    go.set()
+    jobs.wait("a", view.job, WAIT_S)
+    assert stopped == [True]
+
+
+def test_unfinished_jobs_are_counted_per_tenant(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "MAX_UNFINISHED_PER_TENANT", 2)
+    go = threading.Event()
+    views = [jobs.start("a", "run", 1, lambda _: (go.wait(WAIT_S), answer())[1]) for _ in range(2)]
+    for refused in (lambda: jobs.start("a", "run", 1, lambda _: answer()), lambda: jobs.require_room("a")):
+        with pytest.raises(Overloaded) as caught:
+            refused()
+        assert caught.value.code == "queue_full"
+    jobs.require_room("b")
+    go.set()
+    for view in views:
+        jobs.wait("a", view.job, WAIT_S)
+    jobs.require_room("a")
+
+
+def test_old_and_many_results_are_forgotten(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "MAX_FINISHED_PER_TENANT", 3)
+    mine = [jobs.finished("a", "run", 1, answer()).job for _ in range(5)]
+    other = jobs.finished("b", "run", 1, answer()).job
+    jobs.finished("a", "run", 1, answer())
+    with pytest.raises(NotFound):
+        jobs.view("a", mine[0])
+    assert jobs.view("a", mine[-1]).state == "COMPLETED"
+    assert jobs.view("b", other).state == "COMPLETED"
+    monkeypatch.setattr(room, "KEEP_S", -1.0)
+    jobs.finished("a", "run", 1, answer())
+    with pytest.raises(NotFound):
+        jobs.view("b", other)
+
+
+def test_closing_runs_what_waits_so_that_it_can_give_back(jobs: Jobs) -> None:
+    gave_back: list[str] = []
+
+    def work(job: Job) -> Any:
+        try:
+            time.sleep(0.05)
+            jobs.require_wanted(job)
+            return answer()
+        finally:
+            gave_back.append(job.id)
+
+    views = [jobs.start("a", "fit", 1, work) for _ in range(4)]
+    jobs.close()
+    assert sorted(gave_back) == sorted(v.job for v in views)
+    assert {jobs.view("a", v.job).state for v in views} <= {"CANCELLED", "COMPLETED"}
+    with pytest.raises(ServerFault):
+        jobs.start("a", "run", 1, work)
