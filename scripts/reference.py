@@ -19,7 +19,8 @@ from trocar import strict
 from trocar.client.aio import generation_of
 from trocar.client.handles import Probe, Stored
 from trocar.client.trace import Prompts, Trace
-from trocar.errors import CODES
+from trocar.codes import CODES
+from trocar.errors import kind_of
 from trocar.graph.facts import ModelFacts
 from trocar.graph.program import json_schema
 from trocar.graph.spec import SPEC, OpSpec
@@ -179,21 +180,21 @@ def sites_table() -> str:
 def codes_table() -> str:
     rows = ["| code | raised as | HTTP | meaning |", "|---|---|---|---|"]
     for code in CODES.values():
-        status = str(code.kind.status) if code.kind.status else "-"
-        rows.append(
-            f"| [`{code.name}`]({code.name}.md) | `{code.kind.__name__}` | {status} | {code.summary} |"
-        )
+        status = str(kind_of(code.name).status) if kind_of(code.name).status else "-"
+        rows.append(f"| [`{code.name}`]({code.name}.md) | `{code.kind}` | {status} | {code.summary} |")
     return "\n".join(rows) + "\n"
 
 
 def code_facts(name: str) -> str:
     """The line under a code's heading."""
     code = CODES[name]
-    status = f"HTTP {code.kind.status}" if code.kind.status else "found before anything is sent"
+    status = (
+        f"HTTP {kind_of(code.name).status}" if kind_of(code.name).status else "found before anything is sent"
+    )
     again = "The same request may work later." if code.retryable else "The same request is refused again."
-    if code.kind.status == 500 and not code.retryable:
+    if kind_of(code.name).status == 500 and not code.retryable:
         again = "Trying again does not help by itself."
-    return f"`trocar.{code.kind.__name__}`, {status}. {again}\n\n**{code.summary}**\n"
+    return f"`trocar.{code.kind}`, {status}. {again}\n\n**{code.summary}**\n"
 
 
 def routes_table() -> str:

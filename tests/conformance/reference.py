@@ -102,7 +102,11 @@ class Pass:
         touched = dict.fromkeys(n.site for n in self.nodes if n.op == "read" or n.op.startswith("edit."))
         with torch.no_grad(), ExitStack() as undo:
             for site in touched:
-                here = [n for n in self.nodes if getattr(n, "site", None) == site and n.op not in ("vector", "stored", "score")]
+                here = [
+                    n
+                    for n in self.nodes
+                    if getattr(n, "site", None) == site and n.op not in ("vector", "stored", "score")
+                ]
                 undo.callback(hook(model, site, lambda x, here=here: self._visit(x, here)).remove)
             self.logits = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
         return self
@@ -119,7 +123,11 @@ class Pass:
             before = work[0, rows].clone()
             after = self._edited(node, before)
             work[0, rows] = after
-            self.norms[node.id] = (float(before.norm(dim=-1).mean()), float(after.norm(dim=-1).mean()), len(rows))
+            self.norms[node.id] = (
+                float(before.norm(dim=-1).mean()),
+                float(after.norm(dim=-1).mean()),
+                len(rows),
+            )
             wrote = True
         return work if wrote else None
 

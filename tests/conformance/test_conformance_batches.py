@@ -47,7 +47,9 @@ def test_c13_isolation(bench: Bench) -> None:
     assert np.abs(ran[0].outputs["lp"].logprobs - base.numpy()).max() > 1e-2
     idle = Ask([logprobs(TOKENS)], bench.prompts[:1])
     quiet = [_ok(x) for x in bench.together(idle, b)]
-    assert _equal(quiet[1].outputs["lp"].logprobs, ran[1].outputs["lp"].logprobs), "an edit moved a neighbour's bits"
+    assert _equal(quiet[1].outputs["lp"].logprobs, ran[1].outputs["lp"].logprobs), (
+        "an edit moved a neighbour's bits"
+    )
     assert torch.equal(b.sinks["kept"].rows(site), shared_rows)
 
 
@@ -82,7 +84,9 @@ def test_eight_programs_in_one_batch_equal_each_alone(bench: Bench) -> None:
         if "text" in result.outputs:
             assert result.outputs["text"] == alone.outputs["text"]
         for i, prompt in enumerate(ask.prompts):
-            run = solo(bench.model, ask.nodes, prompt, ask.constants(i), max_new_tokens=ask.generation.max_new_tokens)
+            run = solo(
+                bench.model, ask.nodes, prompt, ask.constants(i), max_new_tokens=ask.generation.max_new_tokens
+            )
             lp = result.outputs["lp"]
             theirs = reference_logprobs(run.last.logits)[:, list(TOKENS)]
             close("eight programs against hooks", lp.logprobs[lp.tags.prompts == i], theirs)
@@ -104,7 +108,9 @@ def test_c38_non_finite_edits_stay_with_their_author(bench: Bench, poison: str) 
     site = f"resid_post.{bench.middle}"
     value = {"nan": float("nan"), "inf": float("inf"), "1e38": 1e38, "overflow": 9e6}[poison]
     vector = torch.full((bench.width(site),), value)
-    edit = ops.EditAdd(id="e", site=site, at="prompt[*]", value="v", coef=1e6 if poison == "overflow" else 1.0)
+    edit = ops.EditAdd(
+        id="e", site=site, at="prompt[*]", value="v", coef=1e6 if poison == "overflow" else 1.0
+    )
     a = Ask([V, edit, logprobs(TOKENS), text()], bench.prompts[:2], greedy(3), vectors={"v": vector})
     b = Ask([read(site), capture("r"), logprobs(TOKENS)], bench.prompts)
     refused, ran = bench.together(a, b)
@@ -169,10 +175,17 @@ class FullDisk:
             raise self._error
 
 
-@pytest.mark.parametrize("fault", [RuntimeError("boom"), OSError(5, "input/output"), KeyError("lost"), ValueError("bad")])
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("boom"), OSError(5, "input/output"), KeyError("lost"), ValueError("bad")]
+)
 def test_c37_a_failing_request_fails_alone(small: Bench, fault: Exception) -> None:
     """Whatever a sink raises ends its own request; the neighbour and the next request are served."""
-    a = Ask([read("resid_post.1", "all"), capture("r")], small.prompts[:1], greedy(4), own={"kept": FullDisk(fault)})
+    a = Ask(
+        [read("resid_post.1", "all"), capture("r")],
+        small.prompts[:1],
+        greedy(4),
+        own={"kept": FullDisk(fault)},
+    )
     b = Ask([text(), logprobs(TOKENS, "all")], small.prompts, greedy(4))
     failed, ran = small.together(a, b)
     assert isinstance(failed, TrocarError)
@@ -198,7 +211,8 @@ def test_c37_a_progress_callback_that_raises_fails_alone(small: Bench) -> None:
         raise RuntimeError("boom")
 
     failed, ran = small.together(
-        Ask([text()], small.prompts[:1], greedy(2), progress=progress), Ask([text()], small.prompts, greedy(2))
+        Ask([text()], small.prompts[:1], greedy(2), progress=progress),
+        Ask([text()], small.prompts, greedy(2)),
     )
     assert isinstance(failed, TrocarError)
     assert failed.code == "internal"
@@ -238,7 +252,16 @@ def test_c42_nothing_is_left_after_two_hundred_requests(small: Bench) -> None:
         gc.collect()
         return sum(1 for o in gc.get_objects() if type(o) is torch.Tensor)
 
-    ask = Ask([read("resid_post.1"), ops.EditScale(id="e", site="resid_post.2", by=1.1, at="prompt[*]"), capture("r"), text()], small.prompts[:2], greedy(2))
+    ask = Ask(
+        [
+            read("resid_post.1"),
+            ops.EditScale(id="e", site="resid_post.2", by=1.1, at="prompt[*]"),
+            capture("r"),
+            text(),
+        ],
+        small.prompts[:2],
+        greedy(2),
+    )
     for _ in range(5):
         small.alone(ask)
     ask.sinks.clear()
@@ -261,7 +284,13 @@ def test_long_requests_are_cut_into_batches_and_take_turns(tiny: Any) -> None:
     bench = Bench(tiny, engine, ())
     draw = torch.Generator().manual_seed(1)
     prompts = [tuple(torch.randint(0, 256, (3 + i % 5,), generator=draw).tolist()) for i in range(40)]
-    nodes = [read("resid_post.1"), ops.Mean(id="m", of="r"), ops.EditAdd(id="e", site="resid_post.2", at="prompt[-1]", value="m"), capture("r"), logprobs(TOKENS, "prompt[-1]")]
+    nodes = [
+        read("resid_post.1"),
+        ops.Mean(id="m", of="r"),
+        ops.EditAdd(id="e", site="resid_post.2", at="prompt[-1]", value="m"),
+        capture("r"),
+        logprobs(TOKENS, "prompt[-1]"),
+    ]
     done: list[int] = []
     ask = Ask(nodes, prompts, progress=done.append)
     other = Ask([text()], prompts[:2], greedy(2))
@@ -276,14 +305,18 @@ def test_long_requests_are_cut_into_batches_and_take_turns(tiny: Any) -> None:
     for i, prompt in enumerate(prompts):
         theirs = reference_logprobs(solo(tiny.model, nodes, prompt).first.logits[-1])[list(TOKENS)]
         close("forty prompts in cut batches", lp.logprobs[i], theirs)
-    assert [k[:2] for k in ask.sinks["kept"].keys().tolist()] == [[i, j] for i, p in enumerate(prompts) for j in range(len(p))]
+    assert [k[:2] for k in ask.sinks["kept"].keys().tolist()] == [
+        [i, j] for i, p in enumerate(prompts) for j in range(len(p))
+    ]
     engine.close()
 
 
 def test_shelves_are_the_tests_own() -> None:
     """The harness itself: rows come back ordered by prompt, then position."""
     shelf = Shelf()
-    tags = type("T", (), {"prompts": np.array([1, 0]), "positions": np.array([0, 3]), "token_ids": np.array([7, 8])})
+    tags = type(
+        "T", (), {"prompts": np.array([1, 0]), "positions": np.array([0, 3]), "token_ids": np.array([7, 8])}
+    )
     shelf.append({"s": np.array([[1.0], [2.0]], dtype=np.float32)}, tags)
     assert shelf.keys().tolist() == [[0, 3, 8], [1, 0, 7]]
     assert shelf.rows("s").tolist() == [[2.0], [1.0]]

@@ -91,7 +91,10 @@ def _index(at: str) -> Any:
     return slice(*(int(x) if x else None for x in inside.split(":")))
 
 
-@pytest.mark.parametrize("name", ["attn_out", "mlp_out", "resid_mid", "resid_pre", "z", "mlp_act", "v", "k", "q", "attn_in", "mlp_in"])
+@pytest.mark.parametrize(
+    "name",
+    ["attn_out", "mlp_out", "resid_mid", "resid_pre", "z", "mlp_act", "v", "k", "q", "attn_in", "mlp_in"],
+)
 def test_c08_zero(bench: Bench, name: str) -> None:
     site = f"{name}.{bench.middle}"
     nodes = [ops.EditSet(id="e", site=site, at="prompt[*]", value="zero"), logprobs(TOKENS)]
@@ -105,7 +108,12 @@ def test_c09_mean_given_and_mean_of_the_sequence(bench: Bench) -> None:
     site = f"mlp_out.{bench.middle}"
     given = [V, ops.EditSet(id="e", site=site, at="prompt[*]", value="v"), logprobs(TOKENS)]
     _same(bench, Ask(given, bench.prompts, vectors=_tensor(bench, site)), "set to a given mean")
-    own = [read(site), ops.Mean(id="m", of="r"), ops.EditSet(id="e", site=site, at="prompt[*]", value="m"), logprobs(TOKENS)]
+    own = [
+        read(site),
+        ops.Mean(id="m", of="r"),
+        ops.EditSet(id="e", site=site, at="prompt[*]", value="m"),
+        logprobs(TOKENS),
+    ]
     _same(bench, Ask(own, bench.prompts), "set to the prompt's mean")
 
 
@@ -122,7 +130,13 @@ def test_c10_scale_embeddings(bench: Bench) -> None:
 
 def test_project_out(bench: Bench) -> None:
     site = f"resid_post.{bench.middle}"
-    nodes = [V, ops.EditProjectOut(id="e", site=site, at="prompt[*]", value="v"), read(site), capture("r"), logprobs(TOKENS)]
+    nodes = [
+        V,
+        ops.EditProjectOut(id="e", site=site, at="prompt[*]", value="v"),
+        read(site),
+        capture("r"),
+        logprobs(TOKENS),
+    ]
     prompt = bench.prompts[0]
     towards = solo(bench.model, [read(site)], prompt).first.read["r"].mean(0)
     ask = Ask(nodes, bench.prompts, vectors={"v": towards})
@@ -197,7 +211,9 @@ def test_c28_editing_one_projection(bench: Bench, name: str) -> None:
     _same(bench, ask, f"edit {name}")
     for other in "qkv":
         base = solo(bench.model, [read(f"{other}.{bench.middle}")], bench.prompts[0]).first.read["r"]
-        assert torch.equal(ask.sinks[f"kept_{other}"].rows(f"{other}.{bench.middle}"), base) == (other != name)
+        assert torch.equal(ask.sinks[f"kept_{other}"].rows(f"{other}.{bench.middle}"), base) == (
+            other != name
+        )
 
 
 def _reads(bench: Bench) -> Sequence[Any]:

@@ -50,7 +50,11 @@ def test_c16_each_generated_row_is_read_once(bench: Bench) -> None:
         close("generated rows, relative", rows[keys[:, 0] == i] / size, theirs / size, 1e-5)
         mine = found.logprobs[found.tags.prompts == i]
         close("logprobs along a generation", mine, reference_logprobs(run.last.logits)[:, list(TOKENS)])
-    phases = [p for p, at in zip(found.tags.phases, found.tags.positions, strict=True) if at == len(bench.prompts[0])]
+    phases = [
+        p
+        for p, at in zip(found.tags.phases, found.tags.positions, strict=True)
+        if at == len(bench.prompts[0])
+    ]
     assert "gen" in phases
 
 
@@ -72,7 +76,12 @@ def test_c18_an_edit_at_one_step_affects_only_later_tokens(bench: Bench) -> None
     site, step = f"resid_post.{bench.middle}", 2
     size = float(solo(bench.model, [read(site)], bench.prompts[0]).first.read["r"][-1].norm())
     edit = ops.EditAdd(id="e", site=site, at=f"gen[{step}]", value="v")
-    ask = Ask([V, edit, text(), logprobs(TOKENS, "all")], bench.prompts, greedy(STEPS), vectors={"v": bench.vector(site, 5 * size)})
+    ask = Ask(
+        [V, edit, text(), logprobs(TOKENS, "all")],
+        bench.prompts,
+        greedy(STEPS),
+        vectors={"v": bench.vector(site, 5 * size)},
+    )
     plain = Ask([text(), logprobs(TOKENS, "all")], bench.prompts, greedy(STEPS))
     result, base = bench.alone(ask), bench.alone(plain)
     steered, without = result.outputs["text"].ids, base.outputs["text"].ids
@@ -88,7 +97,11 @@ def test_c18_an_edit_at_one_step_affects_only_later_tokens(bench: Bench) -> None
 def test_c18_a_prefill_edit_persists_through_the_cache(bench: Bench) -> None:
     """An edit of an early row, which no later step repeats, still changes the generated rows."""
     site = f"v.{bench.middle}"
-    nodes = [ops.EditSet(id="e", site=site, at="prompt[0:2]", value="zero"), logprobs(TOKENS, "gen[*]"), text()]
+    nodes = [
+        ops.EditSet(id="e", site=site, at="prompt[0:2]", value="zero"),
+        logprobs(TOKENS, "gen[*]"),
+        text(),
+    ]
     ask = Ask(nodes, bench.prompts, greedy(STEPS))
     result = bench.alone(ask)
     found, gap = result.outputs["lp"], 0.0
@@ -106,7 +119,12 @@ def test_c18_a_prefill_edit_persists_through_the_cache(bench: Bench) -> None:
 
 def test_c18_a_later_layer_of_the_prompt_may_steer_an_earlier_layer_of_what_follows(bench: Bench) -> None:
     source, target = f"resid_post.{bench.layers - 1}", f"resid_post.{bench.middle}"
-    nodes = [read(source), ops.Mean(id="m", of="r"), ops.EditAdd(id="e", site=target, at="gen[*]", value="m"), text()]
+    nodes = [
+        read(source),
+        ops.Mean(id="m", of="r"),
+        ops.EditAdd(id="e", site=target, at="gen[*]", value="m"),
+        text(),
+    ]
     ask = Ask(nodes, bench.prompts, greedy(STEPS))
     found = bench.alone(ask).outputs["text"].ids
     assert list(found) == [_reference(bench, ask, i).ids for i in range(len(bench.prompts))]
@@ -138,7 +156,10 @@ def test_c19_an_end_token_ends_early(bench: Bench) -> None:
 
 def test_c19_positions_that_are_never_reached_are_an_error(small: Bench) -> None:
     """The model ends at once, so an edit at gen[3] touches nothing: refused, not silent."""
-    engine, end = small.engine, small.alone(Ask([text()], small.prompts[:1], greedy(1))).outputs["text"].ids[0][0]
+    engine, end = (
+        small.engine,
+        small.alone(Ask([text()], small.prompts[:1], greedy(1))).outputs["text"].ids[0][0],
+    )
     body = engine._body
     engine._body = replace(body, eos=frozenset({end}))
     try:
@@ -160,7 +181,11 @@ def test_c20_two_requests_of_different_length_and_edits(bench: Bench) -> None:
     size = float(solo(bench.model, [read(site)], bench.prompts[0]).first.read["r"][-1].norm())
     steer = [V, ops.EditAdd(id="e", site=site, at="all", value="v"), text(), logprobs(TOKENS, "all")]
     short = Ask(steer, bench.prompts[1:3], greedy(2), vectors={"v": bench.vector(site, 2 * size)})
-    ablate = [ops.EditSet(id="e", site=f"attn_out.{bench.middle}", at="all", value="zero"), text(), logprobs(TOKENS, "all")]
+    ablate = [
+        ops.EditSet(id="e", site=f"attn_out.{bench.middle}", at="all", value="zero"),
+        text(),
+        logprobs(TOKENS, "all"),
+    ]
     long = Ask(ablate, [bench.prompts[0], bench.prompts[3]], greedy(STEPS))
     for asks in ((short, long), (long, short)):
         for ask, result in zip(asks, bench.together(*asks), strict=True):
@@ -170,7 +195,11 @@ def test_c20_two_requests_of_different_length_and_edits(bench: Bench) -> None:
                 assert result.outputs["text"].ids[i] == run.ids
                 lp = result.outputs["lp"]
                 mine = lp.logprobs[lp.tags.prompts == i]
-                close("different lengths in one batch", mine, reference_logprobs(run.last.logits)[:, list(TOKENS)])
+                close(
+                    "different lengths in one batch",
+                    mine,
+                    reference_logprobs(run.last.logits)[:, list(TOKENS)],
+                )
     assert bench.engine.stats().most_requests >= 2
 
 
@@ -179,10 +208,15 @@ def test_sampling_is_the_prompts_own_whatever_the_batch(small: Bench) -> None:
     ask = Ask([text()], small.prompts, warm)
     alone = small.alone(ask).outputs["text"].ids
     assert small.alone(ask).outputs["text"].ids == alone
-    mixed = small.together(Ask([text()], small.prompts[::-1], greedy(8)), ask, Ask([text()], small.prompts, greedy(3)))
+    mixed = small.together(
+        Ask([text()], small.prompts[::-1], greedy(8)), ask, Ask([text()], small.prompts, greedy(3))
+    )
     assert mixed[1].outputs["text"].ids == alone
     assert small.alone(Ask([text()], small.prompts, greedy(8))).outputs["text"].ids != alone
-    assert small.alone(Ask([text()], small.prompts, warm.model_copy(update={"seed": 6}))).outputs["text"].ids != alone
+    assert (
+        small.alone(Ask([text()], small.prompts, warm.model_copy(update={"seed": 6}))).outputs["text"].ids
+        != alone
+    )
 
 
 def test_sampling_streams_differ_between_prompts(small: Bench) -> None:

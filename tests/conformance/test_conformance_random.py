@@ -38,7 +38,9 @@ def requests(draw: st.DrawFn, small: Bench) -> Ask:
             nodes.append(ops.Tensor(id=f"v{i}", name=f"v{i}"))
             vectors[f"v{i}"] = small.vector(site, 3.0, seed=draw(st.integers(0, 50)))
         if kind == "scale":
-            nodes.append(ops.EditScale(id=f"e{i}", site=site, at=at, by=draw(st.sampled_from([-1.0, 0.0, 0.5, 2.0]))))
+            nodes.append(
+                ops.EditScale(id=f"e{i}", site=site, at=at, by=draw(st.sampled_from([-1.0, 0.0, 0.5, 2.0])))
+            )
         elif kind == "zero":
             nodes.append(ops.EditSet(id=f"e{i}", site=site, at=at, value="zero"))
         elif kind == "vector":
@@ -53,7 +55,9 @@ def requests(draw: st.DrawFn, small: Bench) -> Ask:
             source = draw(st.sampled_from([s for s in SITES if small.width(s) == small.width(site)]))
             whole = kind == "mean"
             nodes.append(read(source, draw(st.sampled_from(places[:5])) if whole else at, f"r{i}"))
-            nodes.append(ops.Mean(id=f"x{i}", of=f"r{i}") if whole else ops.Scale(id=f"x{i}", of=f"r{i}", by=0.5))
+            nodes.append(
+                ops.Mean(id=f"x{i}", of=f"r{i}") if whole else ops.Scale(id=f"x{i}", of=f"r{i}", by=0.5)
+            )
             edit = draw(st.sampled_from([ops.EditAdd, ops.EditSet]))
             nodes.append(edit(id=f"e{i}", site=site, at=at, value=f"x{i}"))
     tail = [logprobs(TOKENS, "all")] if most else [logprobs(TOKENS)]
@@ -71,7 +75,9 @@ def _legal(small: Bench, ask: Ask) -> bool:
 def _compare(small: Bench, ask: Ask, result: TaskResult) -> None:
     lp = result.outputs["lp"]
     for i, prompt in enumerate(ask.prompts):
-        run = solo(small.model, ask.nodes, prompt, ask.constants(i), max_new_tokens=ask.generation.max_new_tokens)
+        run = solo(
+            small.model, ask.nodes, prompt, ask.constants(i), max_new_tokens=ask.generation.max_new_tokens
+        )
         chosen = run.last.logits[len(prompt) - 1 : len(prompt) - 1 + len(run.ids)].topk(2).values
         assume(bool(((chosen[:, 0] - chosen[:, 1]) > TIE).all()))  # else rounding decides the token
         if run.ids:
@@ -86,7 +92,11 @@ def _compare(small: Bench, ask: Ask, result: TaskResult) -> None:
                 assert found.tags.positions[found.tags.prompts == i].tolist() == at
                 theirs = of.value(node.of)
                 size = max(1.0, float(theirs.abs().max()) if len(theirs) else 1.0)
-                close("random programs, scores, relative", found.scores[found.tags.prompts == i] / size, theirs / size)
+                close(
+                    "random programs, scores, relative",
+                    found.scores[found.tags.prompts == i] / size,
+                    theirs / size,
+                )
 
 
 @settings(

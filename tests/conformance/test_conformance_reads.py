@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from bench_room import Ask, Bench, capture, close, logprobs, read
-from reference import solo, unembed
 from reference import logprobs as reference_logprobs
+from reference import solo, unembed
 
 from trocar.engine.protocol import Lensed
 from trocar.graph import ops
@@ -126,7 +126,14 @@ def test_c24_logit_lens_is_norm_and_unembedding(bench: Bench) -> None:
     names = [f"n{i}" for i in range(bench.layers)]
     nodes = [read(f"resid_post.{i}", name=n) for i, n in enumerate(names)]
     nodes += [read("final_norm", name="f")]
-    ask = Ask([*nodes, ops.Lens(id="lens", of=tuple(names), top_k=top_k), ops.Lens(id="last", of=("f",), top_k=top_k)], [prompt])
+    ask = Ask(
+        [
+            *nodes,
+            ops.Lens(id="lens", of=tuple(names), top_k=top_k),
+            ops.Lens(id="last", of=("f",), top_k=top_k),
+        ],
+        [prompt],
+    )
     result = bench.alone(ask)
     seen = solo(bench.model, nodes, prompt).first
     lens, last = result.outputs["lens"], result.outputs["last"]
@@ -145,7 +152,12 @@ def test_c24_logit_lens_is_norm_and_unembedding(bench: Bench) -> None:
 
 def test_c25_z_through_the_output_projection_is_attn_out(bench: Bench) -> None:
     layer = bench.middle
-    nodes = [read(f"z.{layer}", name="z"), read(f"attn_out.{layer}", name="o"), capture("z", name="kz"), capture("o", name="ko")]
+    nodes = [
+        read(f"z.{layer}", name="z"),
+        read(f"attn_out.{layer}", name="o"),
+        capture("z", name="kz"),
+        capture("o", name="ko"),
+    ]
     ask = Ask(nodes, bench.prompts[:1])
     bench.alone(ask)
     made = bench.model.model.layers[layer].self_attn.o_proj(ask.sinks["kz"].rows(f"z.{layer}"))
@@ -154,7 +166,12 @@ def test_c25_z_through_the_output_projection_is_attn_out(bench: Bench) -> None:
 
 def test_c26_mlp_act_is_gate_times_up(bench: Bench) -> None:
     layer = bench.middle
-    nodes = [read(f"mlp_in.{layer}", name="i"), read(f"mlp_act.{layer}", name="a"), capture("i", name="ki"), capture("a", name="ka")]
+    nodes = [
+        read(f"mlp_in.{layer}", name="i"),
+        read(f"mlp_act.{layer}", name="a"),
+        capture("i", name="ki"),
+        capture("a", name="ka"),
+    ]
     ask = Ask(nodes, bench.prompts[:1])
     bench.alone(ask)
     mlp, x = bench.model.model.layers[layer].mlp, ask.sinks["ki"].rows(f"mlp_in.{layer}")

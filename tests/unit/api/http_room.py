@@ -91,7 +91,9 @@ class Caller:
         return [e for e in view["entries"] if e["kind"] != "account_opened"], view["budgets"]
 
 
-def request(*nodes: dict[str, Any], model: str = "tiny", prompts: Any = ("abc", "hello"), **generation: Any) -> dict[str, Any]:
+def request(
+    *nodes: dict[str, Any], model: str = "tiny", prompts: Any = ("abc", "hello"), **generation: Any
+) -> dict[str, Any]:
     body: dict[str, Any] = {"model": model, "prompts": list(prompts), "program": {"nodes": list(nodes)}}
     return {**body, "generation": generation} if generation else body
 

@@ -22,7 +22,11 @@ def nothing_happens(server: Any, alice: Caller, bob: Caller, eve: Caller) -> Ite
     """No forward pass and no entry of anybody's account while the test runs."""
     before = server.forwards(), [c.account() for c in (alice, bob, eve)], server.service.gate.ledger.head()
     yield
-    assert (server.forwards(), [c.account() for c in (alice, bob, eve)], server.service.gate.ledger.head()) == before
+    assert (
+        server.forwards(),
+        [c.account() for c in (alice, bob, eve)],
+        server.service.gate.ledger.head(),
+    ) == before
 
 
 BAD_PROGRAMS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -62,7 +66,9 @@ def test_a_bad_program_is_refused_before_anything(bob: Caller, name: str, route:
 
 @pytest.mark.usefixtures("nothing_happens")
 def test_the_nearest_spelling_is_named(bob: Caller) -> None:
-    assert bob.post("/v1/runs", request(read("resid_pots.1"), capture("r"))).refusal["closest"] == "resid_post.1"
+    assert (
+        bob.post("/v1/runs", request(read("resid_pots.1"), capture("r"))).refusal["closest"] == "resid_post.1"
+    )
     assert bob.post("/v1/runs", request(LOGPROBS, model="tinny")).refusal["closest"] == "tiny"
 
 
@@ -70,14 +76,22 @@ def test_the_nearest_spelling_is_named(bob: Caller) -> None:
 def test_a_vector_of_the_wrong_width(bob: Caller) -> None:
     body = request(ADD, edit("add", "resid_post.1", value="v"), LOGPROBS)
     heard = bob.frame("/v1/runs", body, {"v": np.ones(31)})
-    assert (heard.status, heard.refusal["code"], heard.refusal["path"]) == (422, "width_mismatch", "program.nodes[1].value")
+    assert (heard.status, heard.refusal["code"], heard.refusal["path"]) == (
+        422,
+        "width_mismatch",
+        "program.nodes[1].value",
+    )
 
 
 @pytest.mark.usefixtures("nothing_happens")
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 def test_a_vector_that_is_not_finite(bob: Caller, number: float) -> None:
     vector = np.ones(32, dtype=np.float32)
-    packed = bytearray(tensors.pack(json.dumps(request(ADD, edit("add", "resid_post.1", value="v"), LOGPROBS)).encode(), {"v": vector}))
+    packed = bytearray(
+        tensors.pack(
+            json.dumps(request(ADD, edit("add", "resid_post.1", value="v"), LOGPROBS)).encode(), {"v": vector}
+        )
+    )
     packed[-4:] = np.float32(number).tobytes()
     heard = bob.send("POST", "/v1/runs", content=bytes(packed), headers={"content-type": tensors.MEDIA_TYPE})
     assert (heard.status, heard.refusal["code"], heard.refusal["path"]) == (400, "not_finite", "tensors.v")
@@ -104,7 +118,12 @@ def test_a_body_that_cannot_be_read(bob: Caller, path: str, raw: bytes, code: st
 @pytest.mark.usefixtures("nothing_happens")
 def test_the_envelope_of_a_body(bob: Caller) -> None:
     raw = json.dumps(request(LOGPROBS)).encode()
-    packed = bob.send("POST", "/v1/runs", content=raw, headers={"content-type": "application/json", "content-encoding": "gzip"})
+    packed = bob.send(
+        "POST",
+        "/v1/runs",
+        content=raw,
+        headers={"content-type": "application/json", "content-encoding": "gzip"},
+    )
     assert (packed.status, packed.refusal["code"]) == (400, "bad_json")
     typed = bob.send("POST", "/v1/runs", content=raw, headers={"content-type": "application/x-pickle"})
     assert (typed.status, typed.refusal["code"], typed.refusal["path"]) == (400, "bad_json", "content-type")
@@ -138,7 +157,11 @@ PRIVATE = [
 @pytest.mark.parametrize(("method", "path"), PRIVATE)
 def test_every_private_route_wants_a_key(server: Any, nobody: Caller, method: str, path: str) -> None:
     heard = nobody.send(method, path, content=b"not even read")
-    assert (heard.status, heard.refusal["code"], heard.headers["www-authenticate"]) == (401, "no_key", "Bearer")
+    assert (heard.status, heard.refusal["code"], heard.headers["www-authenticate"]) == (
+        401,
+        "no_key",
+        "Bearer",
+    )
     for wrong in ("x", "trk_" + "0" * 16 + "_" + "A" * 43, server.keys["bob"][:-1] + "!"):
         heard = Caller(server.app, wrong).send(method, path)
         assert (heard.status, heard.refusal["code"]) == (401, "bad_key")
@@ -156,7 +179,13 @@ def test_private_routes_are_all_of_them(server: Any) -> None:
 
 @pytest.mark.usefixtures("nothing_happens")
 def test_what_is_not_there(bob: Caller) -> None:
-    for method, path in (("GET", "/v1/nothing"), ("GET", "/"), ("GET", "/v1/runs"), ("PUT", "/v1/models"), ("POST", "/v1/handles")):
+    for method, path in (
+        ("GET", "/v1/nothing"),
+        ("GET", "/"),
+        ("GET", "/v1/runs"),
+        ("PUT", "/v1/models"),
+        ("POST", "/v1/handles"),
+    ):
         heard = bob.send(method, path)
         assert (heard.status, heard.refusal["code"]) == (404, "no_route"), path
     for path in ("/v1/jobs/job_" + "0" * 32, "/v1/jobs/%00", "/v1/jobs/" + "9" * 500):
@@ -170,7 +199,10 @@ def test_what_is_not_there(bob: Caller) -> None:
 
 @pytest.mark.usefixtures("nothing_happens")
 def test_an_unknown_model(bob: Caller) -> None:
-    for path, body in (("/v1/runs", request(LOGPROBS, model="gpt")), ("/v1/tokenize", {"model": "gpt", "texts": ["a"]})):
+    for path, body in (
+        ("/v1/runs", request(LOGPROBS, model="gpt")),
+        ("/v1/tokenize", {"model": "gpt", "texts": ["a"]}),
+    ):
         heard = bob.post(path, body)
         assert (heard.status, heard.refusal["code"], heard.refusal["path"]) == (404, "unknown_model", "model")
 
@@ -185,7 +217,9 @@ def test_a_wait_that_makes_no_sense(bob: Caller, wait_s: str) -> None:
 @pytest.mark.usefixtures("nothing_happens")
 @pytest.mark.parametrize("key", ["a b", "x" * 201, "\xe9"])
 def test_a_malformed_idempotency_key(bob: Caller, key: str) -> None:
-    heard = bob.send("POST", "/v1/runs", json=request(LOGPROBS), headers={"idempotency-key": key.encode("latin-1")})
+    heard = bob.send(
+        "POST", "/v1/runs", json=request(LOGPROBS), headers={"idempotency-key": key.encode("latin-1")}
+    )
     assert (heard.status, heard.refusal["code"]) == (422, "bad_value")
 
 
@@ -199,13 +233,21 @@ def test_operators_only(bob: Caller, alice: Caller) -> None:
 @pytest.mark.usefixtures("nothing_happens")
 def test_a_budget_that_is_too_small(eve: Caller) -> None:
     """Refused at the price, whatever the program would really have released."""
-    body = request(read("resid_post.1", "prompt[*]"), {"op": "lens", "id": "lens", "of": ["r"], "top_k": 20}, model="shut")
+    body = request(
+        read("resid_post.1", "prompt[*]"),
+        {"op": "lens", "id": "lens", "of": ["r"], "top_k": 20},
+        model="shut",
+    )
     plan = eve.post("/v1/plan", body)
     assert plan.status == 200
     assert plan.json["admitted"] is False
     assert plan.json["cost"]["total_bits"] > plan.json["budget"]["left_bits"]
     heard = eve.post("/v1/runs", body)
-    assert (heard.status, heard.refusal["code"], heard.json["error"]["category"]) == (403, "budget_exhausted", "policy")
+    assert (heard.status, heard.refusal["code"], heard.json["error"]["category"]) == (
+        403,
+        "budget_exhausted",
+        "policy",
+    )
 
 
 @pytest.mark.usefixtures("nothing_happens")
@@ -222,7 +264,9 @@ def test_nothing_that_a_client_says_names_the_request(bob: Caller) -> None:
     assert heard.headers["x-content-type-options"] == "nosniff"
 
 
-def test_a_fault_of_ours_tells_only_the_request(server: Any, bob: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_ours_tells_only_the_request(
+    server: Any, bob: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("secret detail")
 

@@ -71,7 +71,9 @@ def test_a_text_that_stops_early_costs_less_than_its_plan(server: Any, bob: Call
     from dataclasses import replace
 
     body = request(TEXT, prompts=["abc"], max_new_tokens=20)
-    first = bob.run(request(TEXT, prompts=["abc"], max_new_tokens=1, stop_at_eos=False)).json["outputs"]["text"]["ids"][0][0]
+    first = bob.run(request(TEXT, prompts=["abc"], max_new_tokens=1, stop_at_eos=False)).json["outputs"][
+        "text"
+    ]["ids"][0][0]
     engine = server.engines["tiny"]
     was = engine._body
     engine._body = replace(was, eos=frozenset({first}))
@@ -114,7 +116,11 @@ def test_capture_fit_steer_and_score(bob: Caller) -> None:
     words = [f"{'good' if i % 2 else 'bad'} {i}" for i in range(24)]
     handle = _capture(bob, words, "resid_post.1", "resid_post.2")
     facts = bob.get(f"/v1/handles/{handle}").json
-    assert (facts["kind"], facts["rows"], facts["widths"]) == ("activations", 24, {"resid_post.1": 32, "resid_post.2": 32})
+    assert (facts["kind"], facts["rows"], facts["widths"]) == (
+        "activations",
+        24,
+        {"resid_post.1": 32, "resid_post.2": 32},
+    )
     labels = [i % 2 for i in range(24)]
     started = bob.post("/v1/fits", {"handle": handle, "kind": "mean_diff", "labels": labels})
     assert started.status == 202
@@ -125,7 +131,9 @@ def test_capture_fit_steer_and_score(bob: Caller) -> None:
     assert int(fitted.headers["x-trocar-bits"]) == OVERHEAD + numbers * SCALAR
     artifact = fit["artifact"]
     direction = {"op": "vector", "id": "d", "handle": artifact, "site": "resid_post.1"}
-    steered = bob.run(request(direction, edit("add", "resid_post.1", value="d", coef=3.0), LOGPROBS, prompts=["abc"]))
+    steered = bob.run(
+        request(direction, edit("add", "resid_post.1", value="d", coef=3.0), LOGPROBS, prompts=["abc"])
+    )
     plain = bob.run(request(LOGPROBS, prompts=["abc"]))
     assert steered.json["outputs"]["lp"]["logprobs"] != plain.json["outputs"]["lp"]["logprobs"]
     score = {"op": "score", "id": "s", "of": "r", "probe": artifact, "site": "resid_post.1"}
@@ -142,7 +150,9 @@ def test_a_patch_through_the_store_is_a_patch(bob: Caller) -> None:
     """Rows captured from one prompt and set in another give the first prompt's answer (last layer, last token)."""
     handle = _capture(bob, ["hello"], "resid_post.3")
     stored = {"op": "stored", "id": "s", "handle": handle, "site": "resid_post.3"}
-    patched = bob.run(request(stored, edit("set", "resid_post.3", at="prompt[-1]", value="s"), LOGPROBS, prompts=["xyz"]))
+    patched = bob.run(
+        request(stored, edit("set", "resid_post.3", at="prompt[-1]", value="s"), LOGPROBS, prompts=["xyz"])
+    )
     clean = bob.run(request(LOGPROBS, prompts=["hello"]))
     corrupt = bob.run(request(LOGPROBS, prompts=["xyz"]))
     found, wanted, base = (h.json["outputs"]["lp"]["logprobs"][0] for h in (patched, clean, corrupt))
@@ -157,7 +167,9 @@ def test_a_foreign_handle_is_an_absent_one(server: Any, alice: Caller, bob: Call
 
     def ask(name: str) -> list[Any]:
         stored = {"op": "stored", "id": "s", "handle": name, "site": "resid_post.1"}
-        body = request(stored, edit("set", "resid_post.1", at="prompt[-1]", value="s"), LOGPROBS, prompts=["xyz"])
+        body = request(
+            stored, edit("set", "resid_post.1", at="prompt[-1]", value="s"), LOGPROBS, prompts=["xyz"]
+        )
         heard = [
             bob.post("/v1/runs", body),
             bob.post("/v1/plan", body),
@@ -181,7 +193,11 @@ def test_a_job_of_somebody_else_is_no_job(alice: Caller, bob: Caller) -> None:
     absent = "job_" + "0" * 32
 
     def ask(name: str) -> list[Any]:
-        heard = [bob.get(f"/v1/jobs/{name}"), bob.get(f"/v1/jobs/{name}/result"), bob.delete(f"/v1/jobs/{name}")]
+        heard = [
+            bob.get(f"/v1/jobs/{name}"),
+            bob.get(f"/v1/jobs/{name}/result"),
+            bob.delete(f"/v1/jobs/{name}"),
+        ]
         return [(h.status, {k: str(v).replace(name, "JOB") for k, v in h.refusal.items()}) for h in heard]
 
     assert ask(job) == ask(absent)
@@ -258,7 +274,12 @@ def test_a_cancelled_run_pays_only_the_overhead(server: Any, bob: Caller) -> Non
     """One that the engine has, and ones that wait for a worker."""
     before, _ = bob.account()
     with Gatekeeper(server.engines["tiny"]) as gate:
-        jobs = [bob.post("/v1/runs", request(read("resid_post.1"), capture("r"), {**LOGPROBS, "at": "prompt[*]"})).json["job"] for _ in range(36)]
+        jobs = [
+            bob.post(
+                "/v1/runs", request(read("resid_post.1"), capture("r"), {**LOGPROBS, "at": "prompt[*]"})
+            ).json["job"]
+            for _ in range(36)
+        ]
         states = [bob.get(f"/v1/jobs/{j}").json["state"] for j in jobs]
         assert states[0] == "RUNNING"
         assert "QUEUED" in states
@@ -283,7 +304,9 @@ def test_cancelling_a_job_that_is_done_changes_nothing(bob: Caller) -> None:
 
 
 def test_a_long_generation_can_be_cancelled_while_it_runs(server: Any, bob: Caller) -> None:
-    job = bob.post("/v1/runs", request(TEXT, prompts=["abc"], max_new_tokens=250, stop_at_eos=False)).json["job"]
+    job = bob.post("/v1/runs", request(TEXT, prompts=["abc"], max_new_tokens=250, stop_at_eos=False)).json[
+        "job"
+    ]
     engine = server.engines["tiny"]
     while engine.stats().live_requests == 0:
         time.sleep(0.002)
@@ -322,14 +345,19 @@ def test_a_key_that_is_revoked_while_its_job_runs_gets_nothing(server: Any) -> N
     assert caught.value.code == "bad_key"
     assert mallory.get(f"/v1/jobs/{job}").refusal["code"] == "bad_key"
     entries = gate.ledger.latest(key.principal.key_id, 10)
-    assert [str(e.kind) for e in entries if e.kind in ("admitted", "settled", "cancelled")] == ["admitted", "cancelled"]
+    assert [str(e.kind) for e in entries if e.kind in ("admitted", "settled", "cancelled")] == [
+        "admitted",
+        "cancelled",
+    ]
     assert server.service._store.list("mallory") == []
 
 
 def test_many_waiters_do_not_keep_others_from_asking(server: Any, bob: Caller, nobody: Caller) -> None:
     with Gatekeeper(server.engines["tiny"]) as gate:
         job = bob.post("/v1/runs", request(LOGPROBS)).json["job"]
-        threads = [threading.Thread(target=bob.get, args=(f"/v1/jobs/{job}/result?wait_s=20",)) for _ in range(45)]
+        threads = [
+            threading.Thread(target=bob.get, args=(f"/v1/jobs/{job}/result?wait_s=20",)) for _ in range(45)
+        ]
         for thread in threads:
             thread.start()
         time.sleep(0.3)

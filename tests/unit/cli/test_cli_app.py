@@ -15,6 +15,7 @@ import trocar as package
 from trocar import errors
 from trocar.cli import app, doctor, tree
 from trocar.cli.checks import Finding
+from trocar.codes import CODES
 from trocar.graph.spec import SPEC
 
 VERBS = ("serve", "demo", "model", "key", "ledger", "ops", "doctor")
@@ -156,7 +157,7 @@ def test_ops_is_the_table(trocar: Any) -> None:
 
 
 def test_the_hint_of_unknown_op_names_a_command_that_exists(trocar: Any) -> None:
-    assert "`trocar ops`" in errors.CODES["unknown_op"].next_step
+    assert "`trocar ops`" in CODES["unknown_op"].next_step
     assert trocar("ops").code == 0
 
 

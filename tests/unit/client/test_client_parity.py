@@ -16,7 +16,12 @@ PAIRS = [
     (aio.AsyncJob, sync.Job),
     (aio.AsyncActivations, sync.Activations),
 ]
-INSTANCE_ONLY = {"AsyncClient": {"settings", "transport", "quiet"}, "AsyncModel": {"facts"}, "AsyncJob": set(), "AsyncActivations": set()}
+INSTANCE_ONLY = {
+    "AsyncClient": {"settings", "transport", "quiet"},
+    "AsyncModel": {"facts"},
+    "AsyncJob": set(),
+    "AsyncActivations": set(),
+}
 
 
 def _public(kind: type) -> dict[str, Any]:
@@ -42,7 +47,9 @@ def test_the_same_parameters_and_no_coroutines(core: type, facade: type) -> None
         same = getattr(facade, name)
         assert _parameters(same) == _parameters(verb), name
         assert not inspect.iscoroutinefunction(same), name
-        assert verb.__doc__ is None or same.__doc__ or name in ("refresh", "close", "delete", "plan", "run"), name
+        assert (
+            verb.__doc__ is None or same.__doc__ or name in ("refresh", "close", "delete", "plan", "run")
+        ), name
         compared += 1
     assert compared >= 2
     assert _parameters(facade.__init__) == _parameters(core.__init__) or core is not aio.AsyncClient

@@ -106,7 +106,9 @@ def test_closing_fails_what_waits_and_refuses_what_comes(tiny: Any) -> None:
     assert engine.check() == []
 
 
-def test_a_batch_that_breaks_fails_its_requests_and_no_later_one(engine: HFEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_breaks_fails_its_requests_and_no_later_one(
+    engine: HFEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from trocar.engine.hf import batch
 
     def broken(*_: Any) -> None:

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trocar import errors, strict
+from trocar.codes import CODES
 from trocar.graph import check
 from trocar.graph.program import Generation, Program
 from trocar.graph.rules import Scope
@@ -202,7 +203,7 @@ def judge(body: Any, lengths: tuple[int, ...]) -> None:
         found = e.refusals
     else:
         found = ()
-    assert all(r.code in errors.CODES and r.reason and r.next_step for r in found)
+    assert all(r.code in CODES and r.reason and r.next_step for r in found)
     assert len(found) <= check.MAX_REFUSALS
     assert time.perf_counter() - started < 0.05 * SLACK
 

@@ -22,7 +22,7 @@ from graph_room import (
     read,
 )
 
-from trocar import errors
+from trocar.codes import CODES
 from trocar.graph import check
 
 CASE = Case()
@@ -235,4 +235,4 @@ def test_too_expensive() -> None:
 
 
 def test_every_checker_code_is_a_code() -> None:
-    assert {r[2] for r in ROWS} <= set(errors.CODES)
+    assert {r[2] for r in ROWS} <= set(CODES)

@@ -29,7 +29,9 @@ def fresh(serve: Callable[..., Any], tiny: Any, tmp_path: Path) -> Iterator[Any]
     made.service.close()
 
 
-def run(server: Any, *nodes: Any, prompts: tuple[Any, ...] = ("abc",), most: int = 0, who: str = "alice") -> str:
+def run(
+    server: Any, *nodes: Any, prompts: tuple[Any, ...] = ("abc",), most: int = 0, who: str = "alice"
+) -> str:
     generation = Generation(max_new_tokens=most, stop_at_eos=False)
     request = RunRequest(model="tiny", prompts=prompts, program=Program(nodes=nodes), generation=generation)
     released = server.service.run(server.principals[who], request, {}, None)
@@ -54,7 +56,9 @@ def test_a_finished_run_holds_nothing(fresh: Any) -> None:
     assert fresh.service.check() == []
 
 
-def test_a_store_that_breaks_fails_the_run_and_gives_back(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_breaks_fails_the_run_and_gives_back(
+    fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from trocar.store import Writer
 
     def broken(*_: Any) -> None:
@@ -71,7 +75,9 @@ def test_a_store_that_breaks_fails_the_run_and_gives_back(fresh: Any, monkeypatc
     assert fresh.service._store.list("alice") == []
 
 
-def test_rows_deleted_while_they_are_written_fail_the_run(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_deleted_while_they_are_written_fail_the_run(
+    fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A tenant may delete a handle that is not finished: the run says so and holds nothing."""
     from trocar.store import Writer
 
@@ -104,10 +110,20 @@ def test_closing_gives_back_what_waits(serve: Callable[..., Any], tiny: Any, tmp
     assert ledger is not None
 
 
-def _captured(server: Any, n: int = 12, who: str = "alice", *, prompts: Any = None, at: str = "prompt[-1]", most: int = 0) -> str:
+def _captured(
+    server: Any,
+    n: int = 12,
+    who: str = "alice",
+    *,
+    prompts: Any = None,
+    at: str = "prompt[-1]",
+    most: int = 0,
+) -> str:
     nodes = (ops.Read(id="r", site="resid_post.1", at=at), ops.Capture(id="kept", of=("r",)))
     words = prompts or tuple(f"word {i}" for i in range(n))
-    return str(wait(server, run(server, *nodes, prompts=words, most=most, who=who), who)["outputs"]["kept"]["handle"])
+    return str(
+        wait(server, run(server, *nodes, prompts=words, most=most, who=who), who)["outputs"]["kept"]["handle"]
+    )
 
 
 def _fit(server: Any, handle: str, labels: tuple[Any, ...], **more: Any) -> Any:
@@ -115,7 +131,9 @@ def _fit(server: Any, handle: str, labels: tuple[Any, ...], **more: Any) -> Any:
     return json.loads(server.service.fit(server.principals["alice"], request, None).payload)["job"]
 
 
-def test_a_fit_that_cannot_be_released_leaves_no_artifact(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_that_cannot_be_released_leaves_no_artifact(
+    fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     handle = _captured(fresh)
 
     def refused(*_: Any) -> Any:
@@ -144,7 +162,9 @@ def test_a_cancelled_fit_stops_between_sites(fresh: Any, monkeypatch: pytest.Mon
     assert held(fresh) == 0
 
 
-def test_labels_follow_prompts_that_have_several_rows_or_none(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_follow_prompts_that_have_several_rows_or_none(
+    fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Labels are per prompt: repeated for each of its rows, and left out for a prompt that gave none."""
     seen: dict[str, Any] = {}
 

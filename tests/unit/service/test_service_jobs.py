@@ -42,7 +42,9 @@ def test_a_job_is_done(jobs: Jobs) -> None:
     assert (jobs.view("a", view.job).state, jobs.view("a", view.job).done) == ("COMPLETED", 2)
 
 
-@pytest.mark.parametrize("error", [ValueError("secret"), KeyError("x"), errors.refuse("disk_full", "", "full")])
+@pytest.mark.parametrize(
+    "error", [ValueError("secret"), KeyError("x"), errors.refuse("disk_full", "", "full")]
+)
 def test_a_job_that_fails(jobs: Jobs, error: Exception) -> None:
     def work(_job: Job) -> Any:
         raise error

@@ -79,6 +79,7 @@ class HFEngine:
         self._turn: deque[str] = deque()
         self._wake = threading.Condition()
         self._closing = False
+        self._over = False
         self._counters = Counters()
         self._thread = threading.Thread(target=self._loop, name="trocar-engine", daemon=True)
         self._thread.start()
@@ -97,7 +98,7 @@ class HFEngine:
         tallies = Tallies(task)
         live = Live(task, Future(), tallies, Collector(task, tallies), deque(range(len(task.tokens))))
         with self._wake:
-            if self._closing:
+            if self._closing or self._over:
                 raise _stopping()
             if len(self._live) >= self._limits.waiting_requests:
                 raise errors.refuse("queue_full", "", f"{len(self._live)} requests are waiting")
@@ -121,7 +122,7 @@ class HFEngine:
     def check(self) -> list[str]:
         """Broken invariants; empty when idle and well."""
         found = [f"{r} is live but takes no turn" for r in self._live if r not in self._turn]
-        if not self._thread.is_alive() and not self._closing:
+        if self._over and not self._closing:
             found.append("the engine thread is dead")
         return found
 
@@ -149,7 +150,7 @@ class HFEngine:
 
     def _abandon(self) -> None:
         with self._wake:
-            self._closing = True
+            self._over = True
             left = list(self._live.values())
             self._live.clear()
             self._turn.clear()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from trocar.graph.program import Generation
-
-_STREAMS = 1_000_003
 
 
 class Sampler:
@@ -19,7 +18,8 @@ class Sampler:
             return
         self._temperature = generation.temperature
         self._top_p = TopPLogitsWarper(generation.top_p)
-        self._stream = torch.Generator().manual_seed((generation.seed * _STREAMS + prompt) % 2**63)
+        # torch's generator on a CPU looks at 32 bits of its seed; this one at all of both numbers
+        self._stream = np.random.default_rng(np.random.SeedSequence(generation.seed, spawn_key=(prompt,)))
 
     def choose(self, logits_V: torch.Tensor) -> int:
         """The next token id, given float32 logits [V] whose largest is finite."""
@@ -28,4 +28,6 @@ class Sampler:
         # below zero and in double precision, so that no temperature however small overflows to NaN
         scores_1V = (logits_V - logits_V.amax()).double().unsqueeze(0) / self._temperature
         scores_1V = self._top_p(None, scores_1V)
-        return int(torch.multinomial(scores_1V.softmax(-1), 1, generator=self._stream))
+        reached_V = scores_1V[0].softmax(-1).cumsum(-1)
+        drawn = torch.searchsorted(reached_V, self._stream.random() * reached_V[-1], right=True)
+        return min(int(drawn), len(reached_V) - 1)
