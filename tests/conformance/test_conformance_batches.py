@@ -60,14 +60,56 @@ def _eight(bench: Bench) -> list[Ask]:
     rows = [torch.stack([bench.vector(post, size, seed=i) for i in range(2)])]
     return [
         Ask([logprobs(TOKENS)], [p[0]]),
-        Ask([V, ops.EditAdd(id="e", site=post, at="prompt[-1]", value="v"), logprobs(TOKENS)], [p[1], p[2]], vectors={"v": bench.vector(post, size)}),
-        Ask([ops.EditSet(id="e", site=f"attn_out.{m}", at="prompt[*]", value="zero"), logprobs(TOKENS)], [p[3]]),
-        Ask([read(f"mlp_out.{m}"), ops.Mean(id="m", of="r"), ops.EditSet(id="e", site=f"mlp_out.{m}", at="prompt[*]", value="m"), logprobs(TOKENS)], [p[0], p[3]]),
-        Ask([V, ops.EditProjectOut(id="e", site=post, at="all", value="v"), text(), logprobs(TOKENS, "all")], [p[2]], greedy(3), vectors={"v": bench.vector(post)}),
-        Ask([ops.Stored(id="s", handle="act_" + "0" * 32, site=post), ops.EditSet(id="e", site=post, at="prompt[0:2]", value="s"), logprobs(TOKENS)], [p[1]], stored={"s": rows}),
-        Ask([ops.EditScale(id="e", site="embeddings", at="all", by=1.5), text(), logprobs(TOKENS, "all")], [p[1], p[3]], greedy(5)),
-        Ask([read(post), read(f"resid_post.{m + 1}", name="s"), ops.Sub(id="d", a="s", b="r"), ops.Mean(id="m", of="d"), ops.EditAdd(id="e", site=f"resid_post.{m + 1}", at="prompt[*]", value="m", coef=-2.0), logprobs(TOKENS)], [p[2], p[0]]),
-    ]  # fmt: skip
+        Ask(
+            [V, ops.EditAdd(id="e", site=post, at="prompt[-1]", value="v"), logprobs(TOKENS)],
+            [p[1], p[2]],
+            vectors={"v": bench.vector(post, size)},
+        ),
+        Ask(
+            [ops.EditSet(id="e", site=f"attn_out.{m}", at="prompt[*]", value="zero"), logprobs(TOKENS)],
+            [p[3]],
+        ),
+        Ask(
+            [
+                read(f"mlp_out.{m}"),
+                ops.Mean(id="m", of="r"),
+                ops.EditSet(id="e", site=f"mlp_out.{m}", at="prompt[*]", value="m"),
+                logprobs(TOKENS),
+            ],
+            [p[0], p[3]],
+        ),
+        Ask(
+            [V, ops.EditProjectOut(id="e", site=post, at="all", value="v"), text(), logprobs(TOKENS, "all")],
+            [p[2]],
+            greedy(3),
+            vectors={"v": bench.vector(post)},
+        ),
+        Ask(
+            [
+                ops.Stored(id="s", handle="act_" + "0" * 32, site=post),
+                ops.EditSet(id="e", site=post, at="prompt[0:2]", value="s"),
+                logprobs(TOKENS),
+            ],
+            [p[1]],
+            stored={"s": rows},
+        ),
+        Ask(
+            [ops.EditScale(id="e", site="embeddings", at="all", by=1.5), text(), logprobs(TOKENS, "all")],
+            [p[1], p[3]],
+            greedy(5),
+        ),
+        Ask(
+            [
+                read(post),
+                read(f"resid_post.{m + 1}", name="s"),
+                ops.Sub(id="d", a="s", b="r"),
+                ops.Mean(id="m", of="d"),
+                ops.EditAdd(id="e", site=f"resid_post.{m + 1}", at="prompt[*]", value="m", coef=-2.0),
+                logprobs(TOKENS),
+            ],
+            [p[2], p[0]],
+        ),
+    ]
 
 
 def test_eight_programs_in_one_batch_equal_each_alone(bench: Bench) -> None:
@@ -144,7 +186,11 @@ def test_c36_bad_programs_are_refused_before_any_forward(bench: Bench) -> None:
         "layer_out_of_range": [ops.EditSet(id="e", site=f"resid_post.{n}", value="zero"), *text_],
         "site_unavailable": [read(f"attn_probs.{m}"), capture("r")],
         "width_mismatch": [V, ops.EditAdd(id="e", site=f"mlp_act.{m}", value="v"), *text_],
-        "edit_after_layer": [read(f"resid_post.{m + 1}"), ops.EditSet(id="e", site=site, at="prompt[*]", value="r"), *text_],
+        "edit_after_layer": [
+            read(f"resid_post.{m + 1}"),
+            ops.EditSet(id="e", site=site, at="prompt[*]", value="r"),
+            *text_,
+        ],
         "unknown_ref": [ops.EditSet(id="e", site=site, value="later"), read(site, name="later"), *text_],
         "position_out_of_range": [ops.EditSet(id="e", site=site, at="prompt[4000]", value="zero"), *text_],
         "bad_position": [ops.EditSet(id="e", site=site, at="prompt[::2]", value="zero"), *text_],
@@ -152,7 +198,7 @@ def test_c36_bad_programs_are_refused_before_any_forward(bench: Bench) -> None:
         "nothing_returned": [ops.EditSet(id="e", site=site, value="zero")],
         "duplicate_id": [read(site), read(site), capture("r")],
         "unknown_token": [logprobs([10**6])],
-    }  # fmt: skip
+    }
     before = bench.engine.stats().forwards
     for code, nodes in bad.items():
         vectors = {"v": torch.zeros(bench.width("resid_post"))} if V in nodes else {}

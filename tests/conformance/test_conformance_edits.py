@@ -1,4 +1,4 @@
-"""Edits: what follows from a write is what follows from the same write by a plain hook; and it does change something."""
+"""Edits: what follows from a write follows from the same write by a plain hook; and it does change something."""
 
 from __future__ import annotations
 

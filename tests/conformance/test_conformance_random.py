@@ -16,7 +16,23 @@ from trocar.errors import ProgramError
 from trocar.graph import ops
 
 TOKENS = (1, 17, 42, 99)
-SITES = ("embeddings", "resid_pre.1", "attn_in.1", "q.1", "k.2", "v.1", "z.1", "attn_out.1", "resid_mid.1", "mlp_in.2", "mlp_act.1", "mlp_out.2", "resid_post.0", "resid_post.2", "final_norm")  # fmt: skip
+SITES = (
+    "embeddings",
+    "resid_pre.1",
+    "attn_in.1",
+    "q.1",
+    "k.2",
+    "v.1",
+    "z.1",
+    "attn_out.1",
+    "resid_mid.1",
+    "mlp_in.2",
+    "mlp_act.1",
+    "mlp_out.2",
+    "resid_post.0",
+    "resid_post.2",
+    "final_norm",
+)
 TIE = 1e-3
 
 

@@ -263,7 +263,8 @@ class Results(Mapping[str, Any], Generic[H]):
             f"\n  edit {e.id}: {e.op} at {e.site}, {e.rows} rows, mean norm {e.norm_before:.4g} -> {e.norm_after:.4g}"
             for e in self.receipt.edits
         )
-        head = f"Results of {self.receipt.model}, {bits_text(self.charge.bits)} released, ledger entry {self.charge.seq}"
+        charge = f"{bits_text(self.charge.bits)} released, ledger entry {self.charge.seq}"
+        head = f"Results of {self.receipt.model}, {charge}"
         return text_table(head, ["output", "type", "released"], self._rows()) + edits
 
     def _repr_html_(self) -> str:

@@ -23,6 +23,7 @@ MAX_TOKENS: Final = 1_000_000
 MAX_FLOPS: Final = 10**16
 MAX_NODE_PROMPTS: Final = 1_000_000
 MAX_REFUSALS: Final = 20
+MAX_HELD_BYTES: Final = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Checked:
         selections: resolved rows by selector text.
         token_ids: ids asked for by each `logprobs` node, per prompt.
         reads_gen: whether rows of generated tokens are read, so that the last token is fed back too.
+        held_bytes: what the values of each prompt take while it runs, at float32.
     """
 
     program: Program
@@ -44,6 +46,7 @@ class Checked:
     token_ids: Mapping[str, tuple[tuple[int, ...], ...]]
     cost: Cost
     reads_gen: bool
+    held_bytes: tuple[int, ...]
 
     def edits(self) -> Iterator[ops.EditAdd | ops.EditSet | ops.EditScale | ops.EditProjectOut]:
         for node in self.program.nodes:
@@ -170,6 +173,13 @@ def _accept(program: Program, walk: Walk, prices: Prices) -> Checked:
             "prompts",
             f"{price.tokens} tokens and {price.flops:.1e} FLOPs; the limits are {MAX_TOKENS} and {MAX_FLOPS:.0e}",
         )
+    held_bytes = _held_bytes(walk)
+    if max(held_bytes) > MAX_HELD_BYTES:
+        raise errors.refuse(
+            "too_expensive",
+            f"prompts[{held_bytes.index(max(held_bytes))}]",
+            f"the values of one prompt take {max(held_bytes)} bytes while it runs; the limit is {MAX_HELD_BYTES}",
+        )
     return Checked(
         program=program,
         lengths=walk.scope.lengths,
@@ -179,7 +189,17 @@ def _accept(program: Program, walk: Walk, prices: Prices) -> Checked:
         token_ids=walk.token_ids,
         cost=price,
         reads_gen=walk.reads_gen,
+        held_bytes=held_bytes,
     )
+
+
+def _held_bytes(walk: Walk) -> tuple[int, ...]:
+    """Bytes of every prompt's rows; a vector is shared and not counted."""
+    totals = [0] * len(walk.scope.lengths)
+    for value in walk.values.values():
+        for i, rows in enumerate(value.counts):
+            totals[i] += rows * value.width * cost.STORED_BYTES_PER_NUMBER
+    return tuple(totals)
 
 
 def _price(program: Program, walk: Walk, prices: Prices) -> Cost:

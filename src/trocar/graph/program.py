@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from trocar import strict
 from trocar.graph import ops
@@ -48,7 +48,7 @@ class Generation(Strict):
         max_new_tokens: 0 for a plain forward pass.
         temperature: 0 is greedy.
         top_p: nucleus, used when temperature is above 0 (Holtzman et al. 2020).
-        seed: of the sampler; each prompt has its own stream, whatever the batch.
+        seed: of the sampler; each prompt has its own stream, whatever the batch. Greedy choice has no use for it.
         stop_at_eos: whether the model's end tokens end a generation.
     """
 
@@ -57,6 +57,12 @@ class Generation(Strict):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     seed: Annotated[int, Field(ge=0, le=2**53)] = 0
     stop_at_eos: bool = True
+
+    @model_validator(mode="after")
+    def _no_idle_nucleus(self) -> Self:
+        if self.top_p < 1.0 and self.temperature == 0.0:
+            raise ValueError("top_p has no effect at temperature 0; set a temperature or leave top_p out")
+        return self
 
 
 class Program(Strict):

@@ -117,6 +117,7 @@ def read(node: ops.Read, walk: Walk, path: str) -> Value:
         selection.has_gen,
         walk.order(site),
         (site,),
+        plain=True,
     )
 
 
@@ -181,7 +182,7 @@ def add(node: ops.Add | ops.Sub, walk: Walk, path: str) -> Value:
 
 
 def scale(node: ops.Scale, walk: Walk, _path: str) -> Value:
-    return walk.values[node.of]
+    return replace(walk.values[node.of], plain=False)
 
 
 def dot(node: ops.Dot, walk: Walk, path: str) -> Value:
@@ -206,7 +207,7 @@ def mean(node: ops.Mean, walk: Walk, path: str) -> Value:
             "rows_mismatch", f"{path}.of", f"{node.of!r} has no row for prompt {value.counts.index(0)}",
             next_step="Leave that prompt out, or capture rows of its prompt tokens.",
         )  # fmt: skip
-    return replace(value, kind="per_prompt", counts=(1,) * len(value.counts), at=None)
+    return replace(value, kind="per_prompt", counts=(1,) * len(value.counts), at=None, plain=False)
 
 
 def _edit_target(
@@ -282,10 +283,12 @@ def capture(node: ops.Capture, walk: Walk, path: str) -> None:
     values = _same_rows(node.of, walk, path)
     seen: set[sites.Site] = set()
     for i, value in enumerate(values):
-        if value.kind != "rows" or len(value.sites) != 1 or value.at is None:
+        if not value.plain:
             raise errors.refuse(
-                "wrong_operand", f"{path}.of[{i}]", f"{node.of[i]!r} is not the rows of one site of this pass"
-            )
+                "wrong_operand", f"{path}.of[{i}]",
+                f"{node.of[i]!r} is not a read: stored under its site's name, it would pass for the site's rows",
+                next_step="Capture the reads, and do the arithmetic on the stored rows.",
+            )  # fmt: skip
         if value.sites[0] in seen:
             raise errors.refuse(
                 "wrong_operand", f"{path}.of[{i}]", f"{value.sites[0]} is captured twice by one node"

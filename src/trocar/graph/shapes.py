@@ -30,6 +30,7 @@ class Value:
         gen: whether rows of generated tokens are among them.
         ready: place in the pass where it is known.
         sites: where it was read, in order.
+        plain: whether it is a site's rows as they were read, without arithmetic.
     """
 
     kind: Kind
@@ -40,6 +41,7 @@ class Value:
     gen: bool = False
     ready: int = 0
     sites: tuple[Site, ...] = ()
+    plain: bool = False
 
 
 def combine(a: Value, b: Value, path: str) -> Value:
@@ -60,6 +62,7 @@ def combine(a: Value, b: Value, path: str) -> Value:
         label=join(a.label, b.label),
         ready=max(a.ready, b.ready),
         sites=tuple(dict.fromkeys(a.sites + b.sites)),
+        plain=False,
     )
 
 

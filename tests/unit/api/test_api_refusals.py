@@ -31,27 +31,55 @@ def nothing_happens(server: Any, alice: Caller, bob: Caller, eve: Caller) -> Ite
 
 BAD_PROGRAMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "unknown site": ("unknown_site", "program.nodes[0].site", request(read("resid_pots.1"), capture("r"))),
-    "layer out of range": ("layer_out_of_range", "program.nodes[0].site", request(read("resid_post.4"), capture("r"))),
-    "site not served": ("site_unavailable", "program.nodes[0].site", request(read("attn_probs.1"), capture("r"))),
+    "layer out of range": (
+        "layer_out_of_range",
+        "program.nodes[0].site",
+        request(read("resid_post.4"), capture("r")),
+    ),
+    "site not served": (
+        "site_unavailable",
+        "program.nodes[0].site",
+        request(read("attn_probs.1"), capture("r")),
+    ),
     "logits": ("site_unavailable", "program.nodes[0].site", request(read("logits"), capture("r"))),
     "after its layer": (
         "edit_after_layer",
         "program.nodes[1].value",
         request(read("resid_post.3"), edit("set", "resid_post.1", at="prompt[-1]", value="r"), LOGPROBS),
     ),
-    "unknown tensor": ("unknown_tensor", "program.nodes[0].name", request(ADD, edit("add", "resid_post.1", value="v"), LOGPROBS)),
+    "unknown tensor": (
+        "unknown_tensor",
+        "program.nodes[0].name",
+        request(ADD, edit("add", "resid_post.1", value="v"), LOGPROBS),
+    ),
     "unknown op": ("unknown_op", "program.nodes[0].op", request({"op": "edit.ad", "id": "e"}, LOGPROBS)),
-    "unknown field": ("unknown_field", "program.nodes[0].sites", request({**read("resid_post.1"), "sites": 1}, capture("r"))),
+    "unknown field": (
+        "unknown_field",
+        "program.nodes[0].sites",
+        request({**read("resid_post.1"), "sites": 1}, capture("r")),
+    ),
     "missing field": ("missing_field", "program.nodes[0].of", request({"op": "lens", "id": "x"})),
-    "position": ("position_out_of_range", "program.nodes[0].at", request(read("resid_post.1", "prompt[9]"), capture("r"))),
+    "position": (
+        "position_out_of_range",
+        "program.nodes[0].at",
+        request(read("resid_post.1", "prompt[9]"), capture("r")),
+    ),
     "nothing generated": ("touches_nothing", "program.nodes[0]", request(TEXT)),
     "special token": ("special_token_text", "prompts[0]", request(LOGPROBS, prompts=["<|end|>"])),
     "token id": ("unknown_token", "prompts[0]", request(LOGPROBS, prompts=[[1, 300]])),
     "empty prompt": ("empty_prompt", "prompts[0]", request(LOGPROBS, prompts=[[]])),
     "too long": ("prompt_too_long", "prompts[0]", request(LOGPROBS, prompts=["x" * 257])),
-    "absent handle": ("handle_not_found", "program.nodes[0].handle", request(STORED, edit("set", "resid_post.1", at="prompt[-1]", value="s"), LOGPROBS)),
-    "huge coefficient": ("bad_value", "program.nodes[0].by", request(edit("scale", "resid_post.1", by=1e30), LOGPROBS)),
-}  # fmt: skip
+    "absent handle": (
+        "handle_not_found",
+        "program.nodes[0].handle",
+        request(STORED, edit("set", "resid_post.1", at="prompt[-1]", value="s"), LOGPROBS),
+    ),
+    "huge coefficient": (
+        "bad_value",
+        "program.nodes[0].by",
+        request(edit("scale", "resid_post.1", by=1e30), LOGPROBS),
+    ),
+}
 
 
 @pytest.mark.usefixtures("nothing_happens")

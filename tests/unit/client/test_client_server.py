@@ -286,9 +286,16 @@ def _answering(status: int, body: bytes, **headers: str) -> httpx.MockTransport:
 
 @pytest.mark.parametrize(
     ("status", "body"),
-    [(200, b"<html>hello</html>"), (200, b"{}"), (404, b"not found"), (502, b"[]"), (500, b'{"error": "x"}'), (307, b""),
-     (400, b'{"error": {"kind": "ProgramError", "refusals": []}}')],
-)  # fmt: skip
+    [
+        (200, b"<html>hello</html>"),
+        (200, b"{}"),
+        (404, b"not found"),
+        (502, b"[]"),
+        (500, b'{"error": "x"}'),
+        (307, b""),
+        (400, b'{"error": {"kind": "ProgramError", "refusals": []}}'),
+    ],
+)
 def test_an_answer_that_is_not_trocars(status: int, body: bytes) -> None:
     with (
         trocar.Client("http://other", transport=_answering(status, body)) as c,

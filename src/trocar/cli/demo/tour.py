@@ -102,9 +102,10 @@ def truth_probe(model: Model, n_cities: int) -> Chapter:
         "Truth probe by layer",
         (
             (
-                f"{len(statements.texts)} statements ('The city of X is in Y.', each of {n_cities} cities once true and "
-                f"once false) were captured at the last token of every layer: {acts.rows * len(acts.sites)} rows that "
-                "stayed on the server. One logistic probe per layer was fitted there; train and test share no city."
+                f"{len(statements.texts)} statements ('The city of X is in Y.', each of {n_cities} cities once true "
+                f"and once false) were captured at the last token of every layer: {acts.rows * len(acts.sites)} rows "
+                "that stayed on the server. One logistic probe per layer was fitted there; train and test share no "
+                "city."
             ),
             (
                 f"The first layer above 0.9 is {first}. Below 0.5 is what layers that cannot tell do here: each city's "
@@ -205,22 +206,16 @@ def patching(model: Model) -> Chapter:
     wrong = facts.answers[1:] + facts.answers[:1]
     pairs = list(zip(facts.answers, wrong, strict=True))
     sources = {at: model.capture(facts.prompts, "resid_post.*", at=at) for at in (SUBJECT, LAST)}
-    clean, corrupted = (_difference(model, p, pairs, ()) for p in (facts.prompts, corrupt))
+    clean, corrupted = (_difference(model, p, pairs) for p in (facts.prompts, corrupt))
     jobs = {
         (at, layer): _patch(model, corrupt, pairs, f"resid_post.{layer}", sources[at], at)
         for layer in range(model.n_layers)
         for at in (SUBJECT, LAST)
     }
     patched = {key: float(job.result()["ld"].diff().mean()) for key, job in jobs.items()}
-    grid = np.array(
-        [
-            [(patched[at, layer] - corrupted) / (clean - corrupted) for at in (SUBJECT, LAST)]
-            for layer in range(model.n_layers)
-        ]
-    )
-    subject, last = grid[2:21, 0], grid[26:, 1]
+    share = {key: (value - corrupted) / (clean - corrupted) for key, value in patched.items()}
+    grid = np.array([[share[at, layer] for at in (SUBJECT, LAST)] for layer in range(model.n_layers)])
     moves = int(np.argmax(grid[:, 1] > grid[:, 0]))
-    reverse = max(float(np.abs(grid[26:, 0]).max()), float(np.abs(grid[2:21, 1]).max()))
     return Chapter(
         "Activation patching",
         (
@@ -246,21 +241,7 @@ def patching(model: Model) -> Chapter:
                 vmax=1.0,
             ),
         ),
-        (
-            Check(
-                "Subject, layers 2-20: recovered",
-                f"{subject.min():.3f} at least",
-                ">= 0.9",
-                bool(subject.min() >= 0.9),
-            ),
-            Check(
-                "Last token, layers 26 on: recovered",
-                f"{last.min():.3f} at least",
-                ">= 0.9",
-                bool(last.min() >= 0.9),
-            ),
-            Check("The reverse of both", f"{reverse:.3f} at most", "<= 0.1", reverse <= 0.1),
-        ),
+        _patching_checks(grid),
         _as_bf16(2 * len(facts.prompts) * model.n_layers, model.d_model),
     )
 
@@ -268,9 +249,18 @@ def patching(model: Model) -> Chapter:
 Pairs = Sequence[tuple[str, str]]
 
 
-def _difference(model: Model, prompts: Sequence[str], pairs: Pairs, edits: Sequence[EditSpec]) -> float:
+def _patching_checks(grid: Values) -> tuple[Check, ...]:
+    subject, last = float(grid[2:21, 0].min()), float(grid[26:, 1].min())
+    reverse = max(float(np.abs(grid[26:, 0]).max()), float(np.abs(grid[2:21, 1]).max()))
+    return (
+        Check("Subject, layers 2-20: recovered", f"{subject:.3f} at least", ">= 0.9", subject >= 0.9),
+        Check("Last token, layers 26 on: recovered", f"{last:.3f} at least", ">= 0.9", last >= 0.9),
+        Check("The reverse of both", f"{reverse:.3f} at most", "<= 0.1", reverse <= 0.1),
+    )
+
+
+def _difference(model: Model, prompts: Sequence[str], pairs: Pairs) -> float:
     with model.trace(prompts) as t:
-        t.apply(*edits)
         t.save("ld", t.logprobs(pairs))
     return float(t.run().result()["ld"].diff().mean())
 

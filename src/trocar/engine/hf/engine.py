@@ -35,12 +35,14 @@ class Limits:
     Attributes:
         batch_tokens: most padded tokens of a first pass.
         batch_sequences: most sequences in a batch.
+        batch_bytes: most bytes of values that programs hold in a batch.
         gather_s: how long an idle engine waits for company after the first request.
         waiting_requests: most requests that may wait.
     """
 
     batch_tokens: int = 4096
     batch_sequences: int = 96
+    batch_bytes: int = 1 << 30
     gather_s: float = 0.005
     waiting_requests: int = 256
 
@@ -56,6 +58,30 @@ class Live:
     waiting: deque[int]
     done: int = 0
     failed: errors.TrocarError | None = None
+
+
+@dataclass(slots=True)
+class Fill:
+    """How full a batch is; its first sequence always fits."""
+
+    limits: Limits
+    longest: int = 0
+    count: int = 0
+    held_bytes: int = 0
+
+    def takes(self, task: Task, prompt: int) -> bool:
+        """Adds a prompt if it fits."""
+        longest = max(self.longest, len(task.tokens[prompt]))
+        held_bytes = self.held_bytes + task.checked.held_bytes[prompt]
+        fits = (
+            longest * (self.count + 1) <= self.limits.batch_tokens
+            and self.count < self.limits.batch_sequences
+            and held_bytes <= self.limits.batch_bytes
+        )
+        if self.count and not fits:
+            return False
+        self.longest, self.count, self.held_bytes = longest, self.count + 1, held_bytes
+        return True
 
 
 @dataclass(slots=True)
@@ -168,21 +194,17 @@ class HFEngine:
     def _take(self) -> list[tuple[Live, list[int]]]:
         """Prompts for the next batch, one at a time from each live request in turn, within the limits."""
         taken: dict[str, list[int]] = {}
-        longest, count = 0, 0
+        fill = Fill(self._limits)
         with self._wake:
             idle = 0
             while idle < len(self._turn):
                 request = self._turn[0]
                 self._turn.rotate(-1)
                 live = self._live[request]
-                length = max(longest, len(live.task.tokens[live.waiting[0]])) if live.waiting else 0
-                fits = count == 0 or (
-                    length * (count + 1) <= self._limits.batch_tokens and count < self._limits.batch_sequences
-                )
-                if not live.waiting or live.failed is not None or not fits:
+                if live.failed is not None or not live.waiting or not fill.takes(live.task, live.waiting[0]):
                     idle += 1
                     continue
-                idle, longest, count = 0, length, count + 1
+                idle = 0
                 taken.setdefault(request, []).append(live.waiting.popleft())
         return [(self._live[r], prompts) for r, prompts in taken.items()]
 
