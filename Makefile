@@ -58,7 +58,7 @@ docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 reference: $(VENV)/.dev
-	$(BIN)/python scripts/reference.py
+	$(BIN)/python scripts/docs_reference.py
 
 sizes: $(VENV)/bin/python
 	@$(BIN)/python scripts/sizes.py

@@ -16,6 +16,9 @@ def demo(
     cities: Annotated[
         int | None, typer.Option(min=8, help="Cities in the truth probe; the demo's own number by default.")
     ] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Also write the checks, times and bits here, as JSON.")
+    ] = None,
 ) -> None:
     """Show what Trocar does on a real model, in one report; exit code 1 when one of its checks fails."""
     from rich.console import Console
@@ -23,5 +26,5 @@ def demo(
     from trocar.cli.demo import command
     from trocar.cli.demo.data import N_CITIES
 
-    if not command.demo(out, model, N_CITIES if cities is None else cities, Console()):
+    if not command.demo(out, json, model, N_CITIES if cities is None else cities, Console()):
         raise typer.Exit(1)

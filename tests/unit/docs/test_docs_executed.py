@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import docs_reference as reference
 import docs_run
 import pytest
-import reference
 from docs_blocks import Block, blocks
 from docs_desk import MODEL, Desk
 

@@ -6,8 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import docs_reference as reference
 import pytest
-import reference
 from docs_blocks import blocks, fill, parts
 
 from trocar.codes import CODES

@@ -17,7 +17,7 @@ from typing import Final
 from rich.console import Console
 
 from trocar import errors
-from trocar.cli.demo.report import report
+from trocar.cli.demo.report import as_json, report
 from trocar.cli.demo.tour import Guests, Taken, take
 from trocar.cli.model import pull
 from trocar.client.notebook import bits_text
@@ -30,8 +30,8 @@ START_S: Final = 300.0
 STOP_S: Final = 15.0
 
 
-def demo(out: Path, model: str, n_cities: int, console: Console) -> bool:
-    """Runs the tour and writes `out`; returns whether every check held.
+def demo(out: Path, numbers: Path | None, model: str, n_cities: int, console: Console) -> bool:
+    """Runs the tour and writes `out`, and `numbers` if wanted; returns whether every check held.
 
     Raises:
         RunFailed: `pull_failed` and what else a pull may raise.
@@ -49,6 +49,8 @@ def demo(out: Path, model: str, n_cities: int, console: Console) -> bool:
         for client in (guests.first, guests.second, guests.operator):
             client.close()
     out.write_text(report(taken, facts, time.monotonic() - started_s), encoding="utf-8")
+    if numbers is not None:
+        numbers.write_text(as_json(taken, facts), encoding="utf-8")
     return _sum_up(taken, out, time.monotonic() - started_s, console)
 
 

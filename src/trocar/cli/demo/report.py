@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from trocar import __version__
@@ -30,6 +33,33 @@ def report(taken: Sequence[Taken], model: ModelFacts, seconds: float) -> str:
         Section(t.chapter.heading, (*t.chapter.paragraphs, _cost(t)), t.chapter.figures) for t in taken
     ]
     return page("Trocar: the tour", lead, [*sections, _egress(taken), _provenance(model, seconds)], checks)
+
+
+def as_json(taken: Sequence[Taken], model: ModelFacts) -> str:
+    """Checks, seconds and bits of every chapter, for machines."""
+    chapters = [
+        {
+            "chapter": t.chapter.heading,
+            "seconds": round(t.seconds, 1),
+            "bits": t.bits,
+            "download_bits": t.chapter.download_bits,
+            "checks": [asdict(check) for check in t.chapter.checks],
+        }
+        for t in taken
+    ]
+    about = {
+        "model": model.name,
+        "fingerprint": model.fingerprint,
+        "machine": machine(),
+        "chapters": chapters,
+    }
+    return json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+
+
+def machine() -> str:
+    """Where it ran, in one line."""
+    python = platform.python_version()
+    return f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {python}, Trocar {__version__}"
 
 
 def _cost(taken: Taken) -> str:
@@ -70,11 +100,7 @@ def _provenance(model: ModelFacts, seconds: float) -> Section:
         {"what": "model", "value": model.name},
         {"what": "fingerprint", "value": model.fingerprint},
         {"what": "dtype", "value": model.dtype},
-        {"what": "Trocar", "value": __version__},
-        {
-            "what": "machine",
-            "value": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
-        },
+        {"what": "machine", "value": machine()},
         {"what": "wall time", "value": f"{seconds:.0f} s, server start included"},
     ]
     return Section("What ran", (), (), rows)

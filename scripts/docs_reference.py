@@ -18,6 +18,7 @@ import trocar
 from trocar import strict
 from trocar.client.aio import generation_of
 from trocar.client.handles import Probe, Stored
+from trocar.client.notebook import bits_text
 from trocar.client.trace import Prompts, Trace
 from trocar.codes import CODES
 from trocar.errors import kind_of
@@ -29,6 +30,7 @@ from trocar.wire.requests import RunRequest
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 DOCS: Final = ROOT / "docs"
+RESULTS: Final = ROOT / "bench" / "results"
 SCHEMA: Final = DOCS / "program.schema.json"
 LEAVES: Final = {
     "top_k": "the k most likely tokens of each row, with log-probabilities",
@@ -215,6 +217,34 @@ def schema_text() -> str:
     return json.dumps(schema, indent=1, sort_keys=True) + "\n"
 
 
+def tour_table() -> str:
+    """Checks and bits of the committed tour."""
+    tour = json.loads((RESULTS / "tour.json").read_text())
+    rows = [
+        f"| {c['chapter']} | {check['name']} | {check['measured']} | {check['goal']} |"
+        for c in tour["chapters"]
+        for check in c["checks"]
+    ]
+    bits, download = (sum(c[k] for c in tour["chapters"]) for k in ("bits", "download_bits"))
+    seconds = sum(c["seconds"] for c in tour["chapters"])
+    head = "| experiment | check | measured | goal |\n|---|---|---|---|\n"
+    end = (
+        f"\n{bits_text(bits)} left the server; the same activations as a bf16 download would have been "
+        f"{bits_text(download)}. The experiments took {seconds:.0f} s on: {tour['machine']}.\n"
+    )
+    return head + "\n".join(rows) + "\n" + end
+
+
+def forward_table() -> str:
+    """Speed of a first pass against the plain model, as committed."""
+    bench = json.loads((RESULTS / "forward.json").read_text())
+    rows = [f"| {name.replace('_', ' ')} | {ratio:.2f} |" for name, ratio in bench["ratios"].items()]
+    return (
+        "| requests with | speed, plain forward = 1 |\n|---|---|\n" + "\n".join(rows)
+        + f"\n\nMedian CPU time of alternating turns in one process, on: {bench['machine']}.\n"
+    )  # fmt: skip
+
+
 def texts(page: Path) -> dict[str, str]:
     """The generated parts of one page, by name."""
     if page.parent.name == "errors" and page.stem in CODES:
@@ -226,6 +256,8 @@ def texts(page: Path) -> dict[str, str]:
         return {"ops": ops_table(), "op-reference": ops_reference(), **programs}
     if page.name == "sites.md":
         return {"sites": sites_table()}
+    if page.name == "tour.md":
+        return {"tour": tour_table(), "forward": forward_table()}
     if page.name == "api.md":
         return {"routes": routes_table()}
     return {"codes": codes_table()} if page.parent.name == "errors" else {}
