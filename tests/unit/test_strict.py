@@ -203,13 +203,13 @@ RUN = b'{"model":"m","program":{"nodes":[{"op":"text","id":"t"}]},"prompts":['
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )  # fmt: skip
-def test_a_megabyte_of_anything_is_refused_in_a_second(name: str, raw: bytes, model: type[Any]) -> None:
-    assert seconds(raw, model) < 1.5, name
+def test_a_megabyte_of_anything_is_refused_in_seconds(name: str, raw: bytes, model: type[Any]) -> None:
+    assert seconds(raw, model) < 6, name  # quadratic work here took minutes; the margin is for a busy machine
 
 
 def test_a_nesting_bomb_is_refused_in_milliseconds() -> None:
-    assert seconds(b"[" * 100_000, Outer) < 0.01 * 5
-    assert seconds(b'{"a":' * 100_000, Outer) < 0.01 * 5
+    assert seconds(b"[" * 100_000, Outer) < 0.5
+    assert seconds(b'{"a":' * 100_000, Outer) < 0.5
 
 
 def test_a_large_legal_request_is_read() -> None:

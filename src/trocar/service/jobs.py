@@ -25,7 +25,7 @@ Kind = Literal["run", "fit"]
 KEEP_S: Final = 3600.0
 MAX_UNFINISHED_PER_TENANT: Final = 64
 MAX_FINISHED_PER_TENANT: Final = 256
-WORKERS: Final[dict[Kind, int]] = {"run": 32, "fit": 1}
+WORKERS: Final[dict[Kind, int]] = {"run": 256, "fit": 1}  # runs only wait for the engine
 
 
 @dataclass(slots=True)
@@ -44,6 +44,16 @@ class Job:
     error: errors.TrocarError | None = None
     stop: Callable[[], None] | None = field(default=None, repr=False)
     unwanted: bool = False
+    claim: Claim | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """An idempotency key of one API key, and the request it was used for."""
+
+    key_id: str
+    idempotency_key: str
+    request_digest: str
 
 
 Work = Callable[[Job], Released]
@@ -60,14 +70,14 @@ class Jobs:
             kind: ThreadPoolExecutor(n, thread_name_prefix=f"trocar-{kind}") for kind, n in WORKERS.items()
         }
 
-    def start(self, tenant: str, kind: Kind, total: int, work: Work) -> r.JobView:
+    def start(self, tenant: str, kind: Kind, total: int, work: Work, claim: Claim | None = None) -> r.JobView:
         """Queues work, which always runs: a job that nobody wants any more finds out by `require_wanted`.
 
         Raises:
             Overloaded: `queue_full` when the tenant has too many unfinished jobs.
             ServerFault: `internal` when the server is stopping.
         """
-        job = Job(JobId(f"job_{secrets.token_hex(16)}"), tenant, kind, total, time.monotonic())
+        job = Job(JobId(f"job_{secrets.token_hex(16)}"), tenant, kind, total, time.monotonic(), claim=claim)
         with self._changed:
             self.require_room(tenant)
             self._forget_old(tenant)
@@ -83,6 +93,19 @@ class Jobs:
                 raise errors.refuse("internal", "", "the server is stopping")
             if unfinished >= MAX_UNFINISHED_PER_TENANT:
                 raise errors.refuse("queue_full", "", f"{unfinished} of your jobs are unfinished")
+
+    def running(self, tenant: str, claim: Claim | None) -> r.JobView | None:
+        """The unfinished job of the same request: what a client gets who never heard the first answer."""
+        with self._changed:
+            for job in self._jobs.values():
+                if (
+                    claim is not None
+                    and job.tenant == tenant
+                    and job.claim == claim
+                    and job.state not in r.FINAL
+                ):
+                    return self._view(job)
+        return None
 
     def finished(self, tenant: str, kind: Kind, total: int, released: Released) -> r.JobView:
         """Enters a job whose answer exists already: a replay."""

@@ -18,7 +18,7 @@ from trocar.gate.release import Released
 from trocar.graph.facts import ModelFacts
 from trocar.graph.spec import EDITS, SPEC
 from trocar.service.fits import Fit, fit_cost, fit_digest
-from trocar.service.jobs import Jobs
+from trocar.service.jobs import Claim, Jobs
 from trocar.service.prepare import Prepared, Served, Vectors, prepare
 from trocar.service.runs import Run
 from trocar.store import ArtifactInfo, HandleInfo, Store
@@ -101,6 +101,10 @@ class Service:
         served = self._served(request.model)
         prepared = self._prepare(principal, request, vectors, served)
         total = len(prepared.tokens)
+        claim = _claim(principal, idempotency_key, prepared.digest)
+        running = self._jobs.running(principal.tenant, claim)
+        if running is not None:
+            return release.public(running, 202)
         self._jobs.require_room(principal.tenant)
         hold = self.gate.reserve(
             principal, served.facts, prepared.checked.cost, prepared.digest, idempotency_key
@@ -109,7 +113,7 @@ class Service:
             return release.public(self._jobs.finished(principal.tenant, "run", total, hold))
         run = Run(prepared, served, self._store, self.gate, self._jobs, principal.tenant, hold)
         try:
-            view = self._jobs.start(principal.tenant, "run", total, run.work)
+            view = self._jobs.start(principal.tenant, "run", total, run.work, claim)
         except errors.TrocarError:
             self.gate.cancel(hold)
             raise
@@ -123,6 +127,10 @@ class Service:
             reason = f"{request.handle!r} was made on another model than the {served.facts.name!r} of today"
             raise errors.refuse("wrong_handle", "handle", reason)
         cost = fit_cost(reader, request, self.gate.prices)
+        claim = _claim(principal, idempotency_key, fit_digest(request))
+        running = self._jobs.running(principal.tenant, claim)
+        if running is not None:
+            return release.public(running, 202)
         self._jobs.require_room(principal.tenant)
         hold = self.gate.reserve(principal, served.facts, cost, fit_digest(request), idempotency_key)
         total = len(reader.info.widths)
@@ -130,7 +138,7 @@ class Service:
             return release.public(self._jobs.finished(principal.tenant, "fit", total, hold))
         fit = Fit(request, reader, served, self._store, self.gate, self._jobs, principal.tenant, hold)
         try:
-            view = self._jobs.start(principal.tenant, "fit", total, fit.work)
+            view = self._jobs.start(principal.tenant, "fit", total, fit.work, claim)
         except errors.TrocarError:
             self.gate.cancel(hold)
             raise
@@ -222,6 +230,10 @@ class Service:
     def facts(self) -> Mapping[str, ModelFacts]:
         """Facts of the served models by name."""
         return {name: m.facts for name, m in self._models.items()}
+
+
+def _claim(principal: Principal, idempotency_key: str | None, digest: str) -> Claim | None:
+    return None if idempotency_key is None else Claim(principal.key_id, idempotency_key, digest)
 
 
 def _plan(prepared: Prepared, budget: r.BudgetView) -> r.PlanView:

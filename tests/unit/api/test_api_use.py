@@ -393,3 +393,16 @@ def test_a_small_budget_is_spent_to_the_end_and_not_beyond(eve: Caller) -> None:
     refused = eve.post("/v1/runs", body)
     assert (refused.status, refused.refusal["code"]) == (403, "budget_exhausted")
     assert eve.post("/v1/plan", body).json["admitted"] is False
+
+
+def test_a_retried_request_whose_first_answer_was_lost_gets_the_running_job(server: Any, bob: Caller) -> None:
+    body = request(LOGPROBS)
+    before = len(bob.account()[0])
+    with Gatekeeper(server.engines["tiny"]):
+        first = bob.post("/v1/runs", body, idempotency_key="lost answer")
+        again = bob.post("/v1/runs", body, idempotency_key="lost answer")
+        other = bob.post("/v1/runs", request(LOGPROBS, prompts=["other"]), idempotency_key="lost answer")
+    assert (again.status, again.json["job"]) == (202, first.json["job"])
+    assert (other.status, other.refusal["code"]) == (409, "idempotency_conflict")
+    bob.get(f"/v1/jobs/{first.json['job']}/result", params={"wait_s": 20})
+    assert [e["kind"] for e in bob.account()[0][before:]] == ["admitted", "settled"]
