@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,32 +21,39 @@ from trocar.wire import results as r
 Tokens = tuple[tuple[str, ...], ...]
 H = TypeVar("H")
 H2 = TypeVar("H2")
+W = TypeVar("W", r.LensOutput, r.LogprobsOutput, r.ScoreOutput)
+SHOWN: Final = 40
 
 
 @dataclass(frozen=True, slots=True)
-class LensResult:
-    """Top-k next tokens per value and row.
+class RowsResult(Generic[W]):
+    """Results with one entry per row: which prompt and which token each row belongs to."""
 
-    Attributes:
-        names: the V values, usually sites.
-        prompts: prompt of each row, int [N].
-        positions: absolute position of each row, int [N].
-    """
-
-    view: r.LensOutput
+    view: W
     tokens: Tokens
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return self.view.names
-
-    @property
     def prompts(self) -> npt.NDArray[np.int64]:
+        """Prompt of each row, int [N]."""
         return np.asarray(self.view.prompts)
 
     @property
     def positions(self) -> npt.NDArray[np.int64]:
+        """Absolute position of each row, int [N]; a generated token lies at or beyond its prompt's length."""
         return np.asarray(self.view.positions)
+
+    def label(self, row: int) -> str:
+        """Text of a row's token."""
+        return token_at(self.tokens, self.view.prompts[row], self.view.positions[row])
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class LensResult(RowsResult[r.LensOutput]):
+    """Top-k next tokens per value and row; `names` are the V values, usually sites."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.view.names
 
     @property
     def ids(self) -> npt.NDArray[np.int64]:
@@ -74,7 +81,7 @@ class LensResult:
         chance = np.exp(self.logprobs[:, rows, 0])
         return Heatmap(
             chance.tolist(),
-            [self._label(i) for i in rows],
+            [self.label(i) for i in rows],
             list(self.names),
             title="Logit lens: most likely next token",
             x_title="token",
@@ -86,11 +93,8 @@ class LensResult:
             vmax=1.0,
         )
 
-    def _label(self, row: int) -> str:
-        return token_at(self.tokens, self.view.prompts[row], self.view.positions[row])
-
     def _table(self) -> tuple[list[str], list[list[str]]]:
-        labels = [self._label(i) for i in range(len(self.view.prompts))][:6]
+        labels = [self.label(i) for i in range(len(self.view.prompts))][:6]
         body = [
             [n, *[_top(t) for t in texts[:6]]] for n, texts in zip(self.names, self.view.texts, strict=True)
         ]
@@ -115,12 +119,9 @@ def token_at(tokens: Tokens, prompt: int, position: int) -> str:
     return row[position] if position < len(row) else f"gen[{position - len(row)}]"
 
 
-@dataclass(frozen=True, slots=True)
-class LogprobsResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class LogprobsResult(RowsResult[r.LogprobsOutput]):
     """Log-probabilities (nats) of named next tokens: `values` [N, M]; `texts` [prompt][M]."""
-
-    view: r.LogprobsOutput
-    tokens: Tokens
 
     @property
     def values(self) -> npt.NDArray[np.float64]:
@@ -128,14 +129,6 @@ class LogprobsResult:
 
     def to_numpy(self) -> npt.NDArray[np.float64]:
         return self.values
-
-    @property
-    def prompts(self) -> npt.NDArray[np.int64]:
-        return np.asarray(self.view.prompts)
-
-    @property
-    def positions(self) -> npt.NDArray[np.int64]:
-        return np.asarray(self.view.positions)
 
     @property
     def texts(self) -> tuple[tuple[str, ...], ...]:
@@ -146,28 +139,23 @@ class LogprobsResult:
         difference: npt.NDArray[np.float64] = self.values[:, first] - self.values[:, second]
         return difference
 
-    def __repr__(self) -> str:
+    def _table(self) -> tuple[list[str], list[list[str]]]:
         rows = [
-            [
-                p,
-                token_at(self.tokens, p, q)[:16],
-                *[f"{t!r}: {x:.3f}" for t, x in zip(self.texts[p], xs, strict=True)],
-            ]
-            for p, q, xs in zip(self.view.prompts, self.view.positions, self.view.logprobs, strict=True)
+            [str(p), self.label(i)[:16], *[f"{t!r}: {x:.3f}" for t, x in zip(self.texts[p], xs, strict=True)]]
+            for i, (p, xs) in enumerate(zip(self.view.prompts, self.view.logprobs, strict=True))
         ]
-        return text_table(
-            "LogprobsResult (nats)",
-            ["prompt", "after", *[f"token {i}" for i in range(self.values.shape[1])]],
-            rows[:40],
-        )
+        return ["prompt", "after", *[f"token {i}" for i in range(self.values.shape[1])]], rows[:SHOWN]
+
+    def __repr__(self) -> str:
+        return text_table("LogprobsResult (nats)", *self._table())
+
+    def _repr_html_(self) -> str:
+        return html_table("Log-probabilities of named next tokens (nats)", *self._table())
 
 
-@dataclass(frozen=True, slots=True)
-class ScoreResult:
+@dataclass(frozen=True, slots=True, repr=False)
+class ScoreResult(RowsResult[r.ScoreOutput]):
     """One number per row: `values` [N]."""
-
-    view: r.ScoreOutput
-    tokens: Tokens
 
     @property
     def values(self) -> npt.NDArray[np.float64]:
@@ -176,26 +164,23 @@ class ScoreResult:
     def to_numpy(self) -> npt.NDArray[np.float64]:
         return self.values
 
-    @property
-    def prompts(self) -> npt.NDArray[np.int64]:
-        return np.asarray(self.view.prompts)
-
-    @property
-    def positions(self) -> npt.NDArray[np.int64]:
-        return np.asarray(self.view.positions)
-
     def strip(self, prompt: int = 0) -> TokenStrip:
         """The prompt's tokens coloured by score."""
         rows = [i for i, p in enumerate(self.view.prompts) if p == prompt]
-        labels = [token_at(self.tokens, prompt, self.view.positions[i]) for i in rows]
+        labels = [self.label(i) for i in rows]
         return TokenStrip(labels, [self.view.scores[i] for i in rows], title=f"scores of prompt {prompt}")
 
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        pairs = enumerate(zip(self.view.prompts, self.view.scores, strict=True))
+        return ["prompt", "token", "score"], [
+            [str(p), self.label(i)[:24], f"{x:.4g}"] for i, (p, x) in pairs
+        ][:SHOWN]
+
     def __repr__(self) -> str:
-        rows = [
-            [p, token_at(self.tokens, p, q)[:24], f"{x:.4g}"]
-            for p, q, x in zip(self.view.prompts, self.view.positions, self.view.scores, strict=True)
-        ]
-        return text_table("ScoreResult", ["prompt", "token", "score"], rows[:40])
+        return text_table("ScoreResult", *self._table())
+
+    def _repr_html_(self) -> str:
+        return html_table("Scores", *self._table())
 
 
 class Text(str):
