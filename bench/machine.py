@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 from pathlib import Path
 
 
@@ -21,6 +22,12 @@ def describe() -> str:
     return f"{cpu}, {os.cpu_count()} cores, {versions}, {threads} threads"
 
 
-def finish(bench: str, ratios: dict[str, float], goals: dict[str, float]) -> None:
-    """Prints the last line."""
-    print(json.dumps({"bench": bench, "machine": describe(), "ratios": ratios, "goals": goals}))
+def finish(bench: str, ratios: dict[str, list[float]], goals: dict[str, float]) -> None:
+    """Prints the last line: medians of the ratios, and their spread over the turns."""
+    middle = {name: round(statistics.median(values), 3) for name, values in ratios.items()}
+    spread = {name: [round(min(values), 3), round(max(values), 3)] for name, values in ratios.items()}
+    print(
+        json.dumps(
+            {"bench": bench, "machine": describe(), "ratios": middle, "spread": spread, "goals": goals}
+        )
+    )

@@ -238,9 +238,12 @@ def tour_table() -> str:
 def forward_table() -> str:
     """Speed of a first pass against the plain model, as committed."""
     bench = json.loads((RESULTS / "forward.json").read_text())
-    rows = [f"| {name.replace('_', ' ')} | {ratio:.2f} |" for name, ratio in bench["ratios"].items()]
+    rows = [
+        f"| {name.replace('_', ' ')} | {ratio:.2f} | {low:.2f} to {high:.2f} |"
+        for (name, ratio), (low, high) in zip(bench["ratios"].items(), bench["spread"].values(), strict=True)
+    ]
     return (
-        "| requests with | speed, plain forward = 1 |\n|---|---|\n" + "\n".join(rows)
+        "| requests with | speed, plain forward = 1 | over all turns |\n|---|---|---|\n" + "\n".join(rows)
         + f"\n\nMedian CPU time of alternating turns in one process, on: {bench['machine']}.\n"
     )  # fmt: skip
 
