@@ -85,7 +85,7 @@ def cpu(verb: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    rounds = 3 if parser.parse_args().quick else 21
+    rounds = 3 if parser.parse_args().quick else 11
     torch.set_num_threads(1)
     loaded = load("smollm2-135m-instruct")
     engine = HFEngine(loaded, Limits(gather_s=0.0))
