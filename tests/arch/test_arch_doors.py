@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 from source_tree import called, dotted, modules, name_of, tree
 
 from trocar.gate.release import Released
+from trocar.wire import results
 
 # The page that shows the API and its script files: public, the same for everybody, shipped in a package.
 PAGES = {("api/openapi.py", "page", "get_swagger_ui_html"), ("api/openapi.py", "mount", "StaticFiles")}
@@ -89,3 +92,47 @@ def test_every_route_goes_through_released() -> None:
     assert len(routes) >= 15
     stray = {n for n, used in routes.items() if not used & {"answer", "_off_loop"}} - {"page"}
     assert stray == set()
+
+
+def free_doors(module: ast.Module) -> set[str]:
+    """The functions that wrap an answer for no charge, as called in a module."""
+    free = {"release.public", "release.refused", "release.document", "release.replay"}
+    return {what for _, what in calls(module) if what in free}
+
+
+def test_what_is_free_is_made_in_few_places() -> None:
+    found = {name_of(p): free_doors(tree(p)) for p in modules() if free_doors(tree(p))}
+    assert found == {
+        "api/app.py": {"release.refused"},
+        "api/openapi.py": {"release.document"},
+        "gate/gate.py": {"release.replay"},
+        "service/service.py": {"release.public"},
+    }
+
+
+def parts(model: type[BaseModel]) -> set[type[BaseModel]]:
+    """A model and every model inside its fields."""
+
+    def inside(annotation: Any) -> set[type[BaseModel]]:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return parts(annotation)
+        return set().union(*(inside(a) for a in get_args(annotation)))
+
+    return {model}.union(*(inside(f.annotation) for f in model.model_fields.values()))
+
+
+PRICED = {*parts(results.RunResult)}
+
+
+def test_no_public_view_can_hold_what_is_priced() -> None:
+    views = results.Public.__subclasses__()
+    assert len(views) > 10
+    assert {v.__name__: parts(v) & PRICED for v in views if parts(v) & PRICED} == {}
+    assert results.LensOutput in PRICED
+
+
+def test_a_public_view_that_holds_an_output_would_be_noticed() -> None:
+    class Leaky(BaseModel):
+        rows: tuple[results.LensOutput | None, ...]
+
+    assert parts(Leaky) & PRICED

@@ -26,7 +26,7 @@ COEFS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 STEER_LAYER = 14
 RANDOM_VECTORS = 4
 SUBJECT, LAST = -2, -1
-TRIES = 20
+TRIES = 60
 Values = npt.NDArray[np.float64]
 
 
