@@ -136,8 +136,6 @@ def steering(model: Model) -> Chapter:
     random = np.array(
         [_dose(model, site, _unit(stream, model.d_model) * norm) for _ in range(RANDOM_VECTORS)]
     )
-    span, control = direction[-1] - direction[0], float(np.abs(random[:, -1] - random[:, 0]).mean())
-    monotone = all(a < b for a, b in pairwise(direction))
     return Chapter(
         "Steering: dose and response",
         (
@@ -149,36 +147,34 @@ def steering(model: Model) -> Chapter:
                 "random vectors of the same norm could be sent as a control."
             ),
         ),
-        (
-            Lines(
-                [
-                    Line("difference of means", COEFS, direction),
-                    Line(
-                        "random, same norm",
-                        COEFS,
-                        random.mean(0).tolist(),
-                        random.min(0).tolist(),
-                        random.max(0).tolist(),
-                        dashed=True,
-                    ),
-                ],
-                f"Dose-response at {site}",
-                "coefficient",
-                f"log-odds {data.VERDICTS[0]!r} over {data.VERDICTS[1]!r} (nats)",
-                band_title="range over random vectors",
-            ),
-        ),
-        (
-            Check("Response is monotone in the coefficient", str(monotone), "True", monotone),
-            Check("Range of the response", f"{span:.2f} nats", ">= 3 nats", span >= 3),
-            Check(
-                "Random control, share of that range",
-                f"{control / span:.0%}",
-                "<= 30 %",
-                control <= 0.3 * span,
-            ),
-        ),
+        (_dose_response(site, direction, random),),
+        _steering_checks(direction, random),
         _as_bf16(len(sentences.texts), model.d_model),
+    )
+
+
+def _dose_response(site: str, direction: Sequence[float], random: Values) -> Lines:
+    mean, low, high = random.mean(0).tolist(), random.min(0).tolist(), random.max(0).tolist()
+    return Lines(
+        [
+            Line("difference of means", COEFS, direction),
+            Line("random, same norm", COEFS, mean, low, high, dashed=True),
+        ],
+        f"Dose-response at {site}",
+        "coefficient",
+        f"log-odds {data.VERDICTS[0]!r} over {data.VERDICTS[1]!r} (nats)",
+        band_title="range over random vectors",
+    )
+
+
+def _steering_checks(direction: Sequence[float], random: Values) -> tuple[Check, ...]:
+    span, control = direction[-1] - direction[0], float(np.abs(random[:, -1] - random[:, 0]).mean())
+    monotone = all(a < b for a, b in pairwise(direction))
+    share = control / span
+    return (
+        Check("Response is monotone in the coefficient", str(monotone), "True", monotone),
+        Check("Range of the response", f"{span:.2f} nats", ">= 3 nats", span >= 3),
+        Check("Random control, share of that range", f"{share:.0%}", "<= 30 %", 0 <= share <= 0.3),
     )
 
 
