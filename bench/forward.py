@@ -22,7 +22,7 @@ from trocar.engine.protocol import Task, TaskResult
 from trocar.graph.check import check
 from trocar.graph.cost import Prices
 from trocar.graph.program import Generation, Program
-from trocar.graph.rules import Scope
+from trocar.graph.scope import Scope
 from trocar.models.load import Loaded, load
 
 N_PROMPTS, LENGTH = 32, 24

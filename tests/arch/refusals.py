@@ -18,7 +18,7 @@ from trocar.graph import check
 from trocar.graph.cost import Cost, Prices
 from trocar.graph.facts import ModelFacts
 from trocar.graph.program import Generation, Program
-from trocar.graph.rules import Scope
+from trocar.graph.scope import Scope
 
 FACTS = ModelFacts(
     name="toy", fingerprint="sha256:0", lineage="toy", family="llama", dtype="float32", n_layers=2, d_model=8,

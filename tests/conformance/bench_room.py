@@ -17,7 +17,7 @@ from trocar.graph import check, ops
 from trocar.graph.cost import Prices
 from trocar.graph.facts import HandleFacts
 from trocar.graph.program import Generation, Program
-from trocar.graph.rules import Scope
+from trocar.graph.scope import Scope
 from trocar.sites import SITES
 
 WAIT_S = 60.0

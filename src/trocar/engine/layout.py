@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from trocar.engine.protocol import I64, RowTags
-from trocar.graph.rules import Selection
+from trocar.graph.scope import Selection
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from trocar import errors
 from trocar.graph import cost, ops
 from trocar.graph.cost import Cost, Prices
 from trocar.graph.program import Generation, Program
-from trocar.graph.rules import Scope, Selection, Walk
+from trocar.graph.scope import Scope, Selection, Walk
 from trocar.graph.shapes import Value
 from trocar.graph.spec import EDITS, OUTPUTS, SPEC
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from trocar.graph import ops
 from trocar.graph.facts import ModelFacts
-from trocar.graph.rules import Walk
+from trocar.graph.scope import Walk
 from trocar.graph.shapes import Value
 from trocar.strict import Strict
 

@@ -6,102 +6,15 @@ A rule sees its node and a `Walk` (the static scope plus the values of earlier n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 from trocar import errors, sites
-from trocar.graph import ops, positions
-from trocar.graph.facts import HandleFacts, ModelFacts
+from trocar.graph import ops
+from trocar.graph.facts import HandleFacts
 from trocar.graph.labels import Label
-from trocar.graph.program import Generation
+from trocar.graph.scope import Selection, Walk
 from trocar.graph.shapes import Value, combine, require_aligned
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """A selector resolved for every prompt of the request."""
-
-    selector: positions.Selector
-    rows: tuple[positions.Rows, ...]
-    counts: tuple[int, ...]
-    gen_rows: int
-
-    @property
-    def has_gen(self) -> bool:
-        return self.gen_rows > 0
-
-    @property
-    def most_rows(self) -> int:
-        """Upper bound of the rows over all prompts."""
-        return sum(self.counts) + self.gen_rows * len(self.rows)
-
-
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """Everything a program may depend on besides itself; public or the caller's own.
-
-    Attributes:
-        lengths: tokens of each prompt.
-        tensors: width of each vector that the request carries.
-        handles: facts of the handles that the program names and the caller owns.
-        encode: the model's tokenizer for plain text.
-    """
-
-    model: ModelFacts
-    lengths: tuple[int, ...]
-    generation: Generation
-    tensors: Mapping[str, int]
-    handles: Mapping[str, HandleFacts]
-    encode: Callable[[str], Sequence[int]]
-
-
-@dataclass(slots=True)
-class Walk:
-    """The checker's state while it walks the nodes in order.
-
-    Attributes:
-        reads_gen: whether rows of generated tokens are read, so that the last token is fed back too.
-        selections: by their text in the program and by their canonical text.
-    """
-
-    scope: Scope
-    reads_gen: bool = False
-    values: dict[str, Value] = field(default_factory=dict)
-    selections: dict[str, Selection] = field(default_factory=dict)
-    token_ids: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
-    encoded: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-    def select(self, at: str, path: str) -> Selection:
-        if at not in self.selections:
-            selection = self._resolve(at, path)
-            self.selections[at] = self.selections[selection.selector.text] = selection
-        return self.selections[at]
-
-    def _resolve(self, at: str, path: str) -> Selection:
-        selector = positions.parse(at, path)
-        most = self.scope.generation.max_new_tokens
-        by_length: dict[int, positions.Rows] = {}
-        for i, n in enumerate(self.scope.lengths):
-            if n not in by_length:
-                by_length[n] = positions.resolve(selector, n, most, path, i)
-        rows = tuple(by_length[n] for n in self.scope.lengths)
-        selection = Selection(selector, rows, tuple(len(r.prompt) for r in rows), len(rows[0].gen))
-        if selection.most_rows == 0 or (selector.static and 0 in selection.counts):
-            why = f": max_new_tokens is {most}" if selector.prompt is None else self._empty(selection)
-            raise errors.refuse("touches_nothing", path, f"{at!r} selects no token{why}")
-        return selection
-
-    def _empty(self, selection: Selection) -> str:
-        prompt = selection.counts.index(0)
-        return f" of prompt {prompt}, which has {self.scope.lengths[prompt]}"
-
-    def site(self, text: str, path: str) -> sites.Site:
-        site = sites.parse(text, path)
-        self.scope.model.require(site, path)
-        return site
-
-    def order(self, site: sites.Site) -> int:
-        return sites.order(site, self.scope.model.n_layers)
 
 
 def read(node: ops.Read, walk: Walk, path: str) -> Value:

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 from trocar.graph import cost, ops, rules
 from trocar.graph.cost import Prices
-from trocar.graph.rules import Walk
+from trocar.graph.scope import Walk
 from trocar.graph.shapes import Kind, Value
 
 Group = Literal["read", "constant", "arithmetic", "edit", "output"]

@@ -15,7 +15,7 @@ from trocar.graph import check, ops
 from trocar.graph.cost import Prices
 from trocar.graph.facts import HandleFacts, ModelFacts
 from trocar.graph.program import Program, canonical
-from trocar.graph.rules import Scope
+from trocar.graph.scope import Scope
 from trocar.models.load import Loaded
 from trocar.store import Store
 from trocar.wire.requests import Chat, RunRequest

@@ -15,7 +15,7 @@ from trocar.graph import check
 from trocar.graph.cost import Prices
 from trocar.graph.facts import HandleFacts
 from trocar.graph.program import Program
-from trocar.graph.rules import Scope
+from trocar.graph.scope import Scope
 from trocar.graph.spec import SPEC
 from trocar.sites import SITES
 from trocar.wire.requests import RunRequest

@@ -19,7 +19,7 @@ from trocar.errors import Overloaded, RunFailed, ServerFault, TrocarError
 from trocar.graph import check, ops
 from trocar.graph.cost import Prices
 from trocar.graph.program import Generation, Program
-from trocar.graph.rules import Scope
+from trocar.graph.scope import Scope
 
 WAIT_S = 20.0
 

@@ -14,7 +14,7 @@ from trocar.graph import check
 from trocar.graph.cost import Prices
 from trocar.graph.facts import HandleFacts, ModelFacts
 from trocar.graph.program import Generation, Program
-from trocar.graph.rules import Scope
+from trocar.graph.scope import Scope
 from trocar.graph.spec import SPEC, field_names
 
 PRICES = Prices(scalar_bits=24, overhead_bits=256)

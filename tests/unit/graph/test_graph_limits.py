@@ -11,7 +11,7 @@ from trocar import errors, strict
 from trocar.graph import check
 from trocar.graph.cost import Prices
 from trocar.graph.program import Generation, Program
-from trocar.graph.rules import Scope
+from trocar.graph.scope import Scope
 
 PRICES = Prices(scalar_bits=32, overhead_bits=256)
 

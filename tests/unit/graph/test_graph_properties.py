@@ -15,7 +15,7 @@ from trocar import errors, strict
 from trocar.codes import CODES
 from trocar.graph import check
 from trocar.graph.program import Generation, Program
-from trocar.graph.rules import Scope
+from trocar.graph.scope import Scope
 from trocar.graph.spec import SPEC
 
 LAYERED = {"resid_post": 8, "resid_pre": 8, "mlp_out": 8, "mlp_act": 16, "v": 4}
