@@ -23,20 +23,41 @@ Node = Annotated[
     | ops.Tensor
     | ops.Vector
     | ops.Stored
+    | ops.Sae
     | ops.Add
     | ops.Sub
     | ops.Scale
     | ops.Dot
+    | ops.MatMul
+    | ops.Norm
+    | ops.Normalize
+    | ops.Relu
+    | ops.TopK
     | ops.Mean
+    | ops.Encode
+    | ops.Eq
+    | ops.Gt
+    | ops.Lt
+    | ops.And
+    | ops.Or
+    | ops.Not
+    | ops.Where
     | ops.EditAdd
     | ops.EditSet
     | ops.EditScale
     | ops.EditProjectOut
+    | ops.EditAffine
+    | ops.EditClamp
+    | ops.EditSae
+    | ops.EditKnockout
     | ops.Capture
     | ops.Lens
     | ops.Logprobs
     | ops.Score
-    | ops.Text,
+    | ops.Metric
+    | ops.Pattern
+    | ops.Text
+    | ops.StopAfter,
     Field(discriminator="op"),
 ]
 
