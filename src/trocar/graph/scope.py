@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from trocar import errors, sites
 from trocar.graph import positions
 from trocar.graph.facts import HandleFacts, ModelFacts
 from trocar.graph.program import Generation
 from trocar.graph.shapes import Value
+
+MAX_MARKED: Final = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class Scope:
         tensors: width of each vector that the request carries.
         handles: facts of the handles that the program names and the caller owns.
         encode: the model's tokenizer for plain text.
+        marks: of each prompt, or empty when no selector needs them.
     """
 
     model: ModelFacts
@@ -52,6 +56,7 @@ class Scope:
     tensors: Mapping[str, int]
     handles: Mapping[str, HandleFacts]
     encode: Callable[[str], Sequence[int]]
+    marks: tuple[positions.Marks, ...] = ()
 
 
 @dataclass(slots=True)
@@ -61,6 +66,7 @@ class Walk:
     Attributes:
         reads_gen: whether rows of generated tokens are read, so that the last token is fed back too.
         selections: by their text in the program and by their canonical text.
+        marked: what looking up marks has cost so far.
     """
 
     scope: Scope
@@ -69,6 +75,7 @@ class Walk:
     selections: dict[str, Selection] = field(default_factory=dict)
     token_ids: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     encoded: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    marked: int = 0
 
     def select(self, at: str, path: str) -> Selection:
         if at not in self.selections:
@@ -79,16 +86,33 @@ class Walk:
     def _resolve(self, at: str, path: str) -> Selection:
         selector = positions.parse(at, path)
         most = self.scope.generation.max_new_tokens
-        by_length: dict[int, positions.Rows] = {}
-        for i, n in enumerate(self.scope.lengths):
-            if n not in by_length:
-                by_length[n] = positions.resolve(selector, n, most, path, i)
-        rows = tuple(by_length[n] for n in self.scope.lengths)
+        rows = self._rows_by_mark(selector, path) if selector.mark else self._rows_by_length(selector, path)
         selection = Selection(selector, rows, tuple(len(r.prompt) for r in rows), len(rows[0].gen))
         if selection.most_rows == 0 or (selector.static and 0 in selection.counts):
             why = f": max_new_tokens is {most}" if selector.prompt is None else self._empty(selection)
             raise errors.refuse("touches_nothing", path, f"{at!r} selects no token{why}")
         return selection
+
+    def _rows_by_length(self, selector: positions.Selector, path: str) -> tuple[positions.Rows, ...]:
+        most = self.scope.generation.max_new_tokens
+        found: dict[int, positions.Rows] = {}
+        for i, n in enumerate(self.scope.lengths):
+            if n not in found:
+                found[n] = positions.resolve(selector, n, most, path, i)
+        return tuple(found[n] for n in self.scope.lengths)
+
+    def _rows_by_mark(self, selector: positions.Selector, path: str) -> tuple[positions.Rows, ...]:
+        lengths = self.scope.lengths
+        marks = self.scope.marks or (positions.NO_MARKS,) * len(lengths)
+        self.marked += sum(positions.work(selector, n, m) for n, m in zip(lengths, marks, strict=True))
+        if self.marked > MAX_MARKED:
+            raise errors.refuse(
+                "too_expensive", path, "span, role and mask are looked up in too much text by this program",
+                next_step="Use fewer different selectors of these kinds, or fewer prompts, at a time.",
+            )  # fmt: skip
+        most = self.scope.generation.max_new_tokens
+        pairs = enumerate(zip(lengths, marks, strict=True))
+        return tuple(positions.resolve(selector, n, most, path, i, m) for i, (n, m) in pairs)
 
     def _empty(self, selection: Selection) -> str:
         prompt = selection.counts.index(0)

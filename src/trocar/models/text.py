@@ -4,19 +4,35 @@ User text is plain text: `<|im_end|>` typed by a user becomes several ordinary t
 model's own template, whose special tokens are real; a message that contains the spelling of an added token is
 refused rather than changed. Two private copies of the tokenizer's core are used and never reconfigured,
 because the library's own `split_special_tokens=True` flips a switch on the shared one and races.
+
+`mark_prompt` and `mark_chat` also say where tokens stand in the text, for selectors. Where the messages of a
+conversation are is proved, not guessed: the template is rendered once more around placeholders, and what
+stands between those must rebuild the real text exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import jinja2
 from tokenizers import Tokenizer
 
 from trocar import errors
+from trocar.graph.positions import Marks
 
 Message = Mapping[str, str]
+_MOVED = "the chat template does not show where each message stands"
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """Token ids of one prompt, and where they stand in its text."""
+
+    ids: list[int]
+    marks: Marks
 
 
 class TextCodec:
@@ -50,11 +66,20 @@ class TextCodec:
             ProgramError: `special_token_text` when the text spells a special token: as plain text it would
                 mean something else than its author thinks, without any error.
         """
+        self._check_plain(text, path)
+        ids: list[int] = self._plain.encode(text, add_special_tokens=True).ids
+        return ids
+
+    def mark_prompt(self, text: str, *, path: str = "prompt") -> Marked:
+        """As `encode_prompt`, with the place of each token in the text."""
+        self._check_plain(text, path)
+        encoding = self._plain.encode(text, add_special_tokens=True)
+        return Marked(encoding.ids, Marks(text, _ascending(encoding.offsets)))
+
+    def _check_plain(self, text: str, path: str) -> None:
         spelt = next((name for name in self._special if name in text), None)
         if spelt is not None:
             raise errors.refuse("special_token_text", path, f"the text spells the special token {spelt!r}")
-        ids: list[int] = self._plain.encode(text, add_special_tokens=True).ids
-        return ids
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of `ids`; special tokens are left out unless `special`."""
@@ -82,6 +107,24 @@ class TextCodec:
                 spelling of a special token, or when the template does not take the conversation;
                 `missing_field`; `empty_prompt` for no message.
         """
+        return self._chat(messages, path)[0].ids  # type: ignore[no-any-return]
+
+    def mark_chat(self, messages: Sequence[Message], *, path: str = "messages") -> Marked:
+        """As `chat`, with the place of each token in the rendered text and of each message's content.
+
+        A template may trim a message. One that changes or repeats it leaves the roles unknown, with the reason.
+        """
+        encoding, text, frame = self._chat(messages, path)
+        marks = Marks(text, _ascending(encoding.offsets))
+        places = _places(text, frame, [m["content"] for m in messages])
+        if places is None:
+            return Marked(encoding.ids, Marks(text, marks.offsets, no_roles=_MOVED))
+        found = zip(messages, (_bounds(marks, *place) for place in places), strict=True)
+        roles = tuple((m["role"], first, stop) for m, (first, stop) in found)
+        return Marked(encoding.ids, Marks(text, marks.offsets, roles))
+
+    def _chat(self, messages: Sequence[Message], path: str) -> tuple[Any, str, str]:
+        """The conversation's encoding and text, and the same conversation around placeholders."""
         if not self._tokenizer.chat_template:
             reason = "this model has no chat template"
             raise errors.refuse("bad_value", path, reason, next_step="Send a prompt instead of messages.")
@@ -89,24 +132,26 @@ class TextCodec:
             raise errors.refuse("empty_prompt", path, "there is no message")
         for i, message in enumerate(messages):
             self._check_message(message, f"{path}[{i}]")
-        ids = self._render(messages, path)
-        harmless = [{k: v and "x" if k == "content" else v for k, v in m.items()} for m in messages]
-        if self._specials(ids) != self._specials(self._render(harmless, path)):
+        text = self._render(messages, path)
+        harmless = [{**m, "content": m["content"] and _placeholder(i)} for i, m in enumerate(messages)]
+        frame = self._render(harmless, path)
+        encoding = self._real.encode(text, add_special_tokens=False)
+        framed = self._real.encode(frame, add_special_tokens=False)
+        if self._specials(encoding.ids) != self._specials(framed.ids):
             reason = "a message, put into the chat template, would spell a special token of this model"
             raise errors.refuse("bad_value", path, reason)
-        return ids
+        return encoding, text, frame
 
-    def _render(self, messages: Sequence[Message], path: str) -> list[int]:
+    def _render(self, messages: Sequence[Message], path: str) -> str:
         try:
-            text = self._tokenizer.apply_chat_template(
+            text: str = self._tokenizer.apply_chat_template(
                 [dict(m) for m in messages], tokenize=False, add_generation_prompt=True
             )
         except jinja2.TemplateError as e:
             raise errors.refuse(
                 "bad_value", path, f"the chat template refuses this: {str(e)[:200]}"
             ) from None
-        ids: list[int] = self._real.encode(text, add_special_tokens=False).ids
-        return ids
+        return text
 
     def _specials(self, ids: Sequence[int]) -> list[int]:
         known = set(self._special.values())
@@ -122,6 +167,52 @@ class TextCodec:
                 reason = f"it contains {found!r}, which is a special token of this model and not text"
                 step = "Remove it, or put a space inside it: only the template may write special tokens."
                 raise errors.refuse("bad_value", f"{path}.{name}", reason, next_step=step)
+
+
+def _ascending(offsets: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Offsets that never decrease: tokens that the tokenizer itself adds, at (0, 0), move to where they stand."""
+    ends = accumulate((stop for _, stop in offsets), max)
+    return tuple(o if o[0] < o[1] else (end, end) for o, end in zip(offsets, ends, strict=True))
+
+
+def _placeholder(index: int) -> str:
+    """Letters that every tokenizer knows and no template looks for."""
+    return f"Zq{index}qZ"
+
+
+def _places(text: str, frame: str, contents: Sequence[str]) -> list[tuple[int, int]] | None:
+    """Where each content stands in the text, by message; None unless `frame` around them is exactly `text`."""
+    named = {i: _placeholder(i) for i, content in enumerate(contents) if content}
+    if any(frame.count(name) != 1 for name in named.values()):
+        return None
+    order = sorted(named, key=lambda i: frame.index(named[i]))
+    between, rest = [], frame
+    for i in order:
+        before, _, rest = rest.partition(named[i])
+        between.append(before)
+    places = [(0, 0)] * len(contents)
+    cursor = len(between[0]) if between else 0
+    for i, follows in zip(order, [*between[1:], rest], strict=True):
+        kept = next((c for c in _trims(contents[i]) if text.startswith(c + follows, cursor)), None)
+        if kept is None:
+            return None
+        places[i] = (cursor, cursor + len(kept))
+        cursor += len(kept) + len(follows)
+    whole = not order or (text.startswith(between[0]) and cursor == len(text))
+    return places if whole else None
+
+
+def _trims(content: str) -> Iterator[str]:
+    """What a template may leave of a message, longest first."""
+    yield content
+    yield content.rstrip()
+    yield content.lstrip()
+    yield content.strip()
+
+
+def _bounds(marks: Marks, start: int, stop: int) -> tuple[int, int]:
+    tokens = marks.tokens(start, stop)
+    return (tokens[0], tokens[-1] + 1) if tokens else (0, 0)
 
 
 def _copy(tokenizer: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from trocar.engine.protocol import F32, Engine
 from trocar.graph import check, ops
 from trocar.graph.cost import Prices
 from trocar.graph.facts import HandleFacts, ModelFacts
+from trocar.graph.positions import NO_MARKS, Marks
 from trocar.graph.program import Program, canonical
 from trocar.graph.scope import Scope
 from trocar.models.load import Loaded
@@ -54,7 +55,8 @@ def prepare(
     Raises:
         ProgramError: everything the checker finds.
     """
-    tokens = tuple(_tokens(p, i, served) for i, p in enumerate(request.prompts))
+    marked = _marked(request, served)
+    tokens = tuple(tokens for tokens, _ in marked)
     scope = Scope(
         model=served.facts,
         lengths=tuple(len(t) for t in tokens),
@@ -62,21 +64,44 @@ def prepare(
         tensors={name: int(v.shape[0]) for name, v in vectors.items()},
         handles=_handles(request.program, store, owner),
         encode=served.loaded.tokenize,
+        marks=tuple(marks for _, marks in marked),
     )
     checked = check.check(request.program, scope, prices)
     return Prepared(request, checked, tokens, vectors, _digest(request, vectors))
 
 
-def _tokens(prompt: str | tuple[int, ...] | Chat, index: int, served: Served) -> tuple[int, ...]:
+def _marked(request: RunRequest, served: Served) -> list[tuple[tuple[int, ...], Marks]]:
+    """Tokens and marks of every prompt."""
+    for name, rows in request.masks.items():
+        if len(rows) != len(request.prompts):
+            raise errors.refuse(
+                "bad_value", f"masks.{name}", f"{len(rows)} rows for {len(request.prompts)} prompts",
+                next_step="Send one row per prompt, with one entry per token.",
+            )  # fmt: skip
+    found = [_tokens(p, i, served) for i, p in enumerate(request.prompts)]
+    if not request.masks:
+        return found
+    masks = [
+        dict(zip(request.masks, rows, strict=True)) for rows in zip(*request.masks.values(), strict=True)
+    ]
+    return [(t, replace(marks, masks=m)) for (t, marks), m in zip(found, masks, strict=True)]
+
+
+def _tokens(
+    prompt: str | tuple[int, ...] | Chat, index: int, served: Served
+) -> tuple[tuple[int, ...], Marks]:
     path = f"prompts[{index}]"
     if isinstance(prompt, str):
-        return tuple(served.loaded.encode_prompt(prompt, path=path))
+        text = served.loaded.text.mark_prompt(prompt, path=path)
+        return tuple(text.ids), text.marks
     if isinstance(prompt, Chat):
-        return tuple(served.loaded.chat([m.model_dump() for m in prompt.messages], path=f"{path}.messages"))
+        messages = [m.model_dump() for m in prompt.messages]
+        chat = served.loaded.text.mark_chat(messages, path=f"{path}.messages")
+        return tuple(chat.ids), chat.marks
     outside = next((t for t in prompt if t >= served.facts.vocab_size), None)
     if outside is not None:
         raise errors.refuse("unknown_token", path, f"token id {outside} is outside the vocabulary")
-    return prompt
+    return prompt, NO_MARKS
 
 
 def _digest(request: RunRequest, vectors: Vectors) -> str:

@@ -34,6 +34,11 @@ Name = Annotated[str, Field(min_length=1, max_length=200)]
 Label = bool | int | Annotated[float, Field(ge=-1e9, le=1e9)]
 Group = int | Annotated[str, Field(max_length=200)]
 FitKind = Literal["logistic", "mean_diff", "ridge"]
+MaskName = Annotated[str, Field(min_length=1, max_length=200)]
+Mask = Annotated[tuple[bool, ...], Field(max_length=65_536, fail_fast=True)]
+Masks = Annotated[
+    dict[MaskName, Annotated[tuple[Mask, ...], Field(max_length=4096, fail_fast=True)]], Field(max_length=64)
+]
 
 
 class RunRequest(Strict):
@@ -44,12 +49,14 @@ class RunRequest(Strict):
         prompts: texts, or token ids, one program for all of them.
         program: the typed graph.
         generation: how tokens are generated after each prompt.
+        masks: by name, for each prompt and each of its tokens, whether `mask("name")` selects it.
     """
 
     model: Name
     prompts: Annotated[tuple[Prompt, ...], Field(min_length=1, max_length=4096, fail_fast=True)]
     program: Program
     generation: Generation = Generation()
+    masks: Masks = Field(default_factory=dict)
 
 
 class FitRequest(Strict):
