@@ -46,7 +46,7 @@ def task(loaded: Loaded, prompts: list[list[int]], nodes: list[dict[str, object]
         loaded.facts,
         tuple(len(p) for p in prompts),
         Generation(),
-        {"v": loaded.facts.d_model},
+        {"v": (loaded.facts.d_model,)},
         {},
         loaded.tokenize,
     )

@@ -124,7 +124,7 @@ class Bench:
             facts,
             tuple(len(p) for p in ask.prompts),
             ask.generation,
-            {n.name: int(ask.vectors[n.id].shape[0]) for n in ask.nodes if isinstance(n, ops.Tensor)},
+            {n.name: tuple(ask.vectors[n.id].shape) for n in ask.nodes if isinstance(n, ops.Tensor)},
             handles,
             self.loaded.tokenize,
         )

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from trocar import errors
-from trocar.graph import cost, ops
+from trocar.graph import cost, ops, rules_depth
 from trocar.graph.cost import Cost, Prices
 from trocar.graph.program import Generation, Program
 from trocar.graph.scope import Scope, Selection, Walk
 from trocar.graph.shapes import Value
-from trocar.graph.spec import EDITS, OUTPUTS, SPEC
+from trocar.graph.spec import EDITS, OUTPUTS, SPEC, Lane
 
 MAX_PROMPTS: Final = 4096
 MAX_TOKENS: Final = 1_000_000
@@ -33,9 +33,17 @@ class Checked:
     Attributes:
         values: type of each value node.
         selections: resolved rows by selector text.
-        token_ids: ids asked for by each `logprobs` node, per prompt.
+        token_ids: ids asked for by each `logprobs` and `metric` node, per prompt.
         reads_gen: whether rows of generated tokens are read, so that the last token is fed back too.
         held_bytes: what the values of each prompt take while it runs, at float32.
+        columns: column indices at the site, of each read or edit with heads or neurons, in the order given; not
+            for attn_probs.
+        scales: mean row norm of the site, of each edit that counts in it.
+        stored: of each `stored` node, per prompt of this request: the stored prompt, and the rows within it.
+        whole: whether a prompt must be processed in one piece, because a value flows from one row to another.
+        depth: how many layers are computed.
+        needs_final: whether rows after the final norm are wanted.
+        patterns: whether a node stands at attn_probs.
     """
 
     program: Program
@@ -47,15 +55,27 @@ class Checked:
     cost: Cost
     reads_gen: bool
     held_bytes: tuple[int, ...]
+    columns: Mapping[str, tuple[int, ...]]
+    scales: Mapping[str, float]
+    stored: Mapping[str, tuple[tuple[int, tuple[int, ...]], ...]]
+    whole: bool
+    depth: int
+    needs_final: bool
+    patterns: bool
 
-    def edits(self) -> Iterator[ops.EditAdd | ops.EditSet | ops.EditScale | ops.EditProjectOut]:
+    @property
+    def lane(self) -> Lane:
+        """Where it runs: the shared batch, or the same with attention patterns written out."""
+        return "A*" if self.patterns else "A"
+
+    def edits(self) -> Iterator[ops.EditNode]:
         for node in self.program.nodes:
-            if isinstance(node, ops.EditAdd | ops.EditSet | ops.EditScale | ops.EditProjectOut):
+            if isinstance(node, ops.EDIT_NODES):
                 yield node
 
-    def outputs(self) -> Iterator[ops.Capture | ops.Lens | ops.Logprobs | ops.Score | ops.Text]:
+    def outputs(self) -> Iterator[ops.OutputNode]:
         for node in self.program.nodes:
-            if isinstance(node, ops.Capture | ops.Lens | ops.Logprobs | ops.Score | ops.Text):
+            if isinstance(node, ops.OUTPUT_NODES):
                 yield node
 
 
@@ -80,10 +100,11 @@ def check(program: Program, scope: Scope, prices: Prices) -> Checked:
             continue
         seen.add(node.id)
         _step(node, walk, path, found, refused)
+    found.extend(rules_depth.beyond_stop(program, walk, refused))
     if not any(n.op in OUTPUTS for n in program.nodes):
         found.append(errors.refusal("nothing_returned", "program.nodes", "the program has no output node"))
     if found:
-        raise errors.ProgramError(found)
+        raise errors.ProgramError(found[:MAX_REFUSALS])
     return _accept(program, walk, prices)
 
 
@@ -95,6 +116,10 @@ def _check_prompts(scope: Scope) -> None:
             "too_expensive",
             "prompts",
             f"{len(scope.lengths)} prompts; one request takes at most {MAX_PROMPTS}",
+        )
+    if sum(scope.lengths) > MAX_TOKENS:
+        raise errors.refuse(
+            "too_expensive", "prompts", f"{sum(scope.lengths)} tokens; one request takes at most {MAX_TOKENS}"
         )
     room = max(0, scope.model.context - scope.generation.max_new_tokens)
     for i, length in enumerate(scope.lengths):
@@ -149,9 +174,11 @@ def _operands_known(
     given = getattr(node, name)
     for i, ref in enumerate(given if isinstance(given, tuple) else (given,)):
         where = f"{path}.{name}[{i}]" if isinstance(given, tuple) else f"{path}.{name}"
+        if not isinstance(ref, str):  # a number, or nothing, where an operand may stand
+            continue
         if ref in refused:
             return False
-        if ref == ops.ZERO and isinstance(node, ops.EditSet):
+        if ref == ops.ZERO and isinstance(node, ops.EditSet) and name == "value":
             continue
         if ref == ops.ZERO:
             raise errors.refuse("wrong_operand", where, "'zero' is no value: only edit.set writes zeros")
@@ -166,7 +193,8 @@ def _operands_known(
 
 
 def _accept(program: Program, walk: Walk, prices: Prices) -> Checked:
-    price = _price(program, walk, prices)
+    reach = rules_depth.reach(program, walk)
+    price = _price(program, walk, reach.depth, prices)
     if price.tokens > MAX_TOKENS or price.flops > MAX_FLOPS:
         raise errors.refuse(
             "too_expensive",
@@ -190,6 +218,13 @@ def _accept(program: Program, walk: Walk, prices: Prices) -> Checked:
         cost=price,
         reads_gen=walk.reads_gen,
         held_bytes=held_bytes,
+        columns=walk.columns,
+        scales=walk.scales,
+        stored=walk.stored,
+        whole=walk.whole,
+        depth=reach.depth,
+        needs_final=reach.final,
+        patterns=reach.patterns,
     )
 
 
@@ -202,7 +237,7 @@ def _held_bytes(walk: Walk) -> tuple[int, ...]:
     return tuple(totals)
 
 
-def _price(program: Program, walk: Walk, prices: Prices) -> Cost:
+def _price(program: Program, walk: Walk, depth: int, prices: Prices) -> Cost:
     bits = {"overhead": prices.overhead_bits}
     edits = sum(1 for n in program.nodes if n.op in EDITS)
     if edits:
@@ -219,7 +254,7 @@ def _price(program: Program, walk: Walk, prices: Prices) -> Cost:
     return Cost(
         tokens=cost.tokens(walk),
         rows_read=sum(cost.rows_of(v, walk) for v in reads),
-        flops=cost.flops(walk, head_rows),
+        flops=cost.flops(walk, head_rows, depth) + sum(cost.dictionary_flops(n, walk) for n in program.nodes),
         bytes_stored=sum(cost.stored_bytes(n, walk) for n in program.nodes if isinstance(n, ops.Capture)),
         bits_out=bits,
         total_bits=sum(bits.values()),

@@ -35,7 +35,7 @@ class Cost(Strict):
     Attributes:
         tokens: tokens that go through the model.
         rows_read: rows read at sites, over all prompts.
-        flops: floating-point operations of the forward pass and the lenses.
+        flops: floating-point operations of the layers that are computed, of the unembedding and of dictionaries.
         bytes_stored: bytes that captures add to the store.
         bits_out: bits of each output, of edit receipts (`receipts`), of how many tokens each prompt gave
             (`lengths`, when rows of generated tokens are read) and of the request (`overhead`).
@@ -73,7 +73,19 @@ def logprobs_bits(node: ops.Logprobs, walk: Walk, prices: Prices) -> int:
 
 
 def score_bits(node: ops.Score, walk: Walk, prices: Prices) -> int:
-    return rows_of(walk.values[node.of], walk) * prices.scalar_bits
+    """A truth value is one bit."""
+    value = walk.values[node.of]
+    return rows_of(value, walk) * (1 if value.content == "truth" else prices.scalar_bits)
+
+
+def metric_bits(_node: ops.Metric, walk: Walk, prices: Prices) -> int:
+    return len(walk.scope.lengths) * prices.scalar_bits
+
+
+def pattern_bits(node: ops.Pattern, walk: Walk, prices: Prices) -> int:
+    """A row's width is its heads times its keys."""
+    value = walk.values[node.of]
+    return rows_of(value, walk) * value.width * prices.scalar_bits
 
 
 def text_bits(_node: ops.Text, walk: Walk, _prices: Prices) -> int:
@@ -100,17 +112,31 @@ def edit_bits(walk: Walk, prices: Prices) -> int:
     return NORMS_PER_EDIT * prices.scalar_bits + most.bit_length()
 
 
-def flops(walk: Walk, head_rows: int) -> int:
-    """Of the passes, and of the unembedding of `head_rows` rows."""
+def flops(walk: Walk, head_rows: int, depth: int) -> int:
+    """Of `depth` layers of the passes, and of the unembedding of `head_rows` rows."""
     model = walk.scope.model
-    return 2 * model.parameters * tokens(walk) + 2 * model.d_model * model.vocab_size * head_rows
+    passes = 2 * model.parameters * tokens(walk) * depth // model.n_layers
+    return passes + 2 * model.d_model * model.vocab_size * head_rows
 
 
 def head_rows(node: ops.Node, walk: Walk) -> int:
     """Rows that a node sends through the unembedding."""
     if isinstance(node, ops.Lens):
         return sum(rows_of(walk.values[r], walk) for r in node.of)
+    if isinstance(node, ops.Metric):
+        return walk.selections[node.at].most_rows * (1 if node.to is None else 2)
     return walk.selections[node.at].most_rows if isinstance(node, ops.Logprobs) else 0
+
+
+def dictionary_flops(node: ops.Node, walk: Walk) -> int:
+    """Of encoding, and for an edit decoding."""
+    if isinstance(node, ops.Encode):
+        of, dictionary = walk.values[node.of], walk.values[node.sae]
+        return 2 * rows_of(of, walk) * dictionary.width * dictionary.features
+    if isinstance(node, ops.EditSae):
+        dictionary = walk.values[node.sae]
+        return 4 * walk.selections[node.at].most_rows * dictionary.width * dictionary.features
+    return 0
 
 
 def tokens(walk: Walk) -> int:
@@ -119,5 +145,5 @@ def tokens(walk: Walk) -> int:
 
 def stored_bytes(node: ops.Capture, walk: Walk) -> int:
     values = [walk.values[r] for r in node.of]
-    vectors = sum(rows_of(v, walk) * v.width * STORED_BYTES_PER_NUMBER for v in values)
-    return vectors + rows_of(values[0], walk) * SIDECAR_BYTES_PER_ROW
+    rows = len(walk.scope.lengths) if node.reduce == "mean" else rows_of(values[0], walk)
+    return rows * (sum(v.width for v in values) * STORED_BYTES_PER_NUMBER + SIDECAR_BYTES_PER_ROW)

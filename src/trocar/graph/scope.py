@@ -44,7 +44,7 @@ class Scope:
 
     Attributes:
         lengths: tokens of each prompt.
-        tensors: width of each vector that the request carries.
+        tensors: shape of each array that the request carries: a vector [D] or a matrix [rows, D].
         handles: facts of the handles that the program names and the caller owns.
         encode: the model's tokenizer for plain text.
         marks: of each prompt, or empty when no selector needs them.
@@ -53,7 +53,7 @@ class Scope:
     model: ModelFacts
     lengths: tuple[int, ...]
     generation: Generation
-    tensors: Mapping[str, int]
+    tensors: Mapping[str, tuple[int, ...]]
     handles: Mapping[str, HandleFacts]
     encode: Callable[[str], Sequence[int]]
     marks: tuple[positions.Marks, ...] = ()
@@ -66,6 +66,12 @@ class Walk:
     Attributes:
         reads_gen: whether rows of generated tokens are read, so that the last token is fed back too.
         selections: by their text in the program and by their canonical text.
+        columns: of each node with heads or neurons, in the order given; `n_columns` counts them.
+        scales: mean norm of the site's rows, of each edit that counts in it.
+        stored: per prompt of this request, the stored prompt and its rows, of each `stored` node;
+            `stored_rows` counts them.
+        whole: whether a value flows from one token's row to another's.
+        stop: the layer of the program's `stop_after`.
         marked: what looking up marks has cost so far.
     """
 
@@ -75,6 +81,13 @@ class Walk:
     selections: dict[str, Selection] = field(default_factory=dict)
     token_ids: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     encoded: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    columns: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+    stored: dict[str, tuple[tuple[int, tuple[int, ...]], ...]] = field(default_factory=dict)
+    stored_rows: int = 0
+    n_columns: int = 0
+    whole: bool = False
+    stop: int | None = None
     marked: int = 0
 
     def select(self, at: str, path: str) -> Selection:

@@ -1,20 +1,56 @@
 """Values as the checker sees them: kind, width, how many rows of which tokens, and when they exist.
 
-`ready` is the place in the forward pass where a value becomes known (0 = before it starts), comparable with
-`sites.order`. Nothing is broadcast silently: a `vector` and a `per_prompt` value apply to every row by
-definition; rows meet rows only when they select the same tokens, or equally many static ones.
+A kind is a structure (one for the request, one per prompt, one per token) and a content (a wide row, a number,
+a truth value). `ready` is the place in the forward pass where a value becomes known (0 = before it starts),
+comparable with `sites.order`. Nothing is broadcast silently: what is one for the request or one per prompt
+applies to every row by definition; rows meet rows only when they select the same tokens, or equally many
+static ones.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final, Literal
 
 from trocar import errors
 from trocar.graph.labels import Label, join
 from trocar.sites import Site
 
-Kind = Literal["vector", "per_prompt", "rows", "scalars"]
+Kind = Literal[
+    "matrix",
+    "vector",
+    "per_prompt",
+    "rows",
+    "scalars",
+    "prompt_scalars",
+    "mask",
+    "prompt_mask",
+    "dictionary",
+]
+Content = Literal["wide", "number", "truth", "constant"]
+Form = Literal["made", "read", "part", "stored", "pattern"]
+
+
+class Structure(IntEnum):
+    REQUEST = 0
+    PROMPT = 1
+    ROW = 2
+
+
+_FORMS: Final[dict[Kind, tuple[Structure, Content]]] = {
+    "matrix": (Structure.REQUEST, "constant"),
+    "dictionary": (Structure.REQUEST, "constant"),
+    "vector": (Structure.REQUEST, "wide"),
+    "per_prompt": (Structure.PROMPT, "wide"),
+    "rows": (Structure.ROW, "wide"),
+    "prompt_scalars": (Structure.PROMPT, "number"),
+    "scalars": (Structure.ROW, "number"),
+    "prompt_mask": (Structure.PROMPT, "truth"),
+    "mask": (Structure.ROW, "truth"),
+}
+_KINDS: Final = {form: kind for kind, form in _FORMS.items() if form[1] != "constant"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +58,19 @@ class Value:
     """One typed value.
 
     Attributes:
-        kind: `vector` one for the whole request; `per_prompt` one row per prompt; `rows` one per selected
-            token; `scalars` one number per selected token.
-        width: numbers in a row (1 for scalars).
-        counts: static rows of each prompt; empty for vectors.
+        kind: what `ops` says of it.
+        width: numbers in a row (1 for numbers and truth values); columns of a matrix; D of a dictionary.
+        counts: static rows of each prompt; empty for what is one for the request.
         at: canonical selector that produced the rows, None when they do not come from this pass.
         gen: whether rows of generated tokens are among them.
         ready: place in the pass where it is known.
         sites: where it was read, in order.
-        plain: whether it is a site's rows as they were read, without arithmetic.
+        form: a site's rows as they were `read`; some columns of them (`part`); rows `stored` before; an
+            attention `pattern`; or `made` by arithmetic.
+        height: rows of a matrix.
+        features: F of a dictionary.
+        live: whether it comes from this pass.
+        crossed: whether a row of it depends on rows of other tokens of this pass.
     """
 
     kind: Kind
@@ -41,34 +81,75 @@ class Value:
     gen: bool = False
     ready: int = 0
     sites: tuple[Site, ...] = ()
-    plain: bool = False
+    form: Form = "made"
+    height: int = 0
+    features: int = 0
+    live: bool = False
+    crossed: bool = False
+
+    @property
+    def structure(self) -> Structure:
+        return _FORMS[self.kind][0]
+
+    @property
+    def content(self) -> Content:
+        return _FORMS[self.kind][1]
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a site's rows as they were read, without arithmetic."""
+        return self.form == "read"
+
+
+def kind_of(structure: Structure, content: Content) -> Kind | None:
+    """The kind of a structure and a content, None where the language has none."""
+    return _KINDS.get((structure, content))
 
 
 def combine(a: Value, b: Value, path: str) -> Value:
-    """The value of a row-by-row op on `a` and `b`.
+    """The value of a row-by-row op on `a` and `b`, which must be alike.
 
     Raises:
         ProgramError: `width_mismatch`, `rows_mismatch` or `wrong_operand`.
     """
-    if "scalars" in (a.kind, b.kind) and a.kind != b.kind:
+    if a.content != b.content:
         raise errors.refuse("wrong_operand", path, f"{a.kind} and {b.kind} cannot be combined row by row")
     if a.width != b.width:
         raise errors.refuse("width_mismatch", path, f"widths {a.width} and {b.width} differ")
-    shape = _rank(a, b)
-    if a.kind in ("rows", "scalars") and b.kind in ("rows", "scalars"):
-        require_aligned(a, b.at, b.counts, b.gen, path)
-    return replace(
-        shape,
-        label=join(a.label, b.label),
-        ready=max(a.ready, b.ready),
-        sites=tuple(dict.fromkeys(a.sites + b.sites)),
-        plain=False,
+    return joined((a, b), a.content, a.width, path)
+
+
+def joined(values: Sequence[Value], content: Content, width: int, path: str) -> Value:
+    """The value of a row-by-row op: the widest structure of its operands, with another content and width.
+
+    Raises:
+        ProgramError: `rows_mismatch`, or `wrong_operand` where one number for the request would result.
+    """
+    shape = max(values, key=lambda v: (v.structure, v.at is not None))
+    kind = kind_of(shape.structure, content)
+    if kind is None:
+        raise errors.refuse(
+            "wrong_operand",
+            path,
+            f"this needs rows, or one row per prompt, on one side, not only {shape.kind}",
+        )
+    rows = [v for v in values if v.structure is Structure.ROW]
+    for value in rows:
+        if value is not shape:
+            require_aligned(shape, value.at, value.counts, value.gen, path)
+    selectors = {v.at for v in rows if v.live}
+    return Value(
+        kind,
+        width,
+        join(*(v.label for v in values)),
+        shape.counts,
+        shape.at,
+        shape.gen,
+        max(v.ready for v in values),
+        tuple(dict.fromkeys(s for v in values for s in v.sites)),
+        live=any(v.live for v in values),
+        crossed=any(v.crossed for v in values) or len(selectors) > 1,
     )
-
-
-def _rank(a: Value, b: Value) -> Value:
-    ranks = {"vector": 0, "per_prompt": 1, "rows": 2, "scalars": 2}
-    return a if ranks[a.kind] >= ranks[b.kind] else b
 
 
 def require_aligned(value: Value, at: str | None, counts: tuple[int, ...], gen: bool, path: str) -> None:

@@ -11,16 +11,33 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from trocar.graph import cost, ops, rules
+from trocar.graph import cost, ops
+from trocar.graph import rules_arithmetic as arith
+from trocar.graph import rules_edits as edits
+from trocar.graph import rules_outputs as outs
+from trocar.graph import rules_values as values
 from trocar.graph.cost import Prices
 from trocar.graph.scope import Walk
 from trocar.graph.shapes import Kind, Value
 
-Group = Literal["read", "constant", "arithmetic", "edit", "output"]
+Group = Literal["read", "constant", "arithmetic", "edit", "output", "control"]
+Lane = Literal["A", "A*"]
 Declassifier = Literal["none", "scalars", "top_k", "tokens", "handle"]
 ROWLIKE: Final[tuple[Kind, ...]] = ("rows", "per_prompt")
-VECTORLIKE: Final[tuple[Kind, ...]] = ("vector", "per_prompt", "rows")
-ANY: Final[tuple[Kind, ...]] = ("vector", "per_prompt", "rows", "scalars")
+WIDE: Final[tuple[Kind, ...]] = ("vector", "per_prompt", "rows")
+NUMBERS: Final[tuple[Kind, ...]] = ("scalars", "prompt_scalars")
+MASKS: Final[tuple[Kind, ...]] = ("mask", "prompt_mask")
+MATRIX: Final[tuple[Kind, ...]] = ("matrix",)
+VECTOR: Final[tuple[Kind, ...]] = ("vector",)
+DICTIONARY: Final[tuple[Kind, ...]] = ("dictionary",)
+ANY: Final = WIDE + NUMBERS
+AB: Final = {"a": ANY, "b": ANY}
+NUMBERED: Final = {"a": NUMBERS, "b": NUMBERS}
+MASKED: Final = {"a": MASKS, "b": MASKS}
+GATE: Final = NUMBERS + MASKS
+EDIT: Final = {"gate": GATE}
+VALUED: Final = {"value": WIDE, "gate": GATE}
+WIDEST: Final = "the widest operand's structure"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +47,14 @@ class OpSpec:
     Attributes:
         op: the name on the wire.
         node: its frozen model.
-        group: read, constant, arithmetic, edit or output.
+        group: read, constant, arithmetic, edit, output or control.
         rule: type rule `(node, walk, path) -> Value | None`.
-        takes: operand fields and the kinds they accept.
+        takes: operand fields and the kinds they accept; a number or nothing may stand there too where the
+            node says so.
         gives: what the result is, in words, for the docs.
         declassifier: how a result leaves.
         bits: most bits released, for outputs.
-        lane: where it runs; A is the shared batch.
+        lane: where it runs: A is the shared batch, A* the same with attention patterns written out.
     """
 
     op: str
@@ -47,71 +65,82 @@ class OpSpec:
     takes: Mapping[str, tuple[Kind, ...]] = field(default_factory=dict)
     declassifier: Declassifier = "none"
     bits: Callable[[Any, Walk, Prices], int] | None = None
-    lane: Literal["A"] = "A"
+    lane: Lane = "A"
 
     @property
     def doc(self) -> str:
         return " ".join((self.node.__doc__ or "").split())
 
 
-_TABLE: Final = (
-    OpSpec("read", ops.Read, "read", rules.read, "rows of the site"),
-    OpSpec("tensor", ops.Tensor, "constant", rules.tensor, "vector"),
-    OpSpec("vector", ops.Vector, "constant", rules.vector, "vector"),
-    OpSpec("stored", ops.Stored, "constant", rules.stored, "rows"),
-    OpSpec("add", ops.Add, "arithmetic", rules.add, "the larger operand's kind", {"a": ANY, "b": ANY}),
-    OpSpec("sub", ops.Sub, "arithmetic", rules.add, "the larger operand's kind", {"a": ANY, "b": ANY}),
-    OpSpec("scale", ops.Scale, "arithmetic", rules.scale, "the operand's kind", {"of": ANY}),
-    OpSpec("dot", ops.Dot, "arithmetic", rules.dot, "scalars", {"a": VECTORLIKE, "b": VECTORLIKE}),
-    OpSpec("mean", ops.Mean, "arithmetic", rules.mean, "one row per prompt", {"of": ("rows",)}),
-    OpSpec("edit.add", ops.EditAdd, "edit", rules.edit_with_value, "edit", {"value": VECTORLIKE}),
-    OpSpec("edit.set", ops.EditSet, "edit", rules.edit_with_value, "edit", {"value": VECTORLIKE}),
-    OpSpec("edit.scale", ops.EditScale, "edit", rules.edit_scale, "edit"),
-    OpSpec(
-        "edit.project_out", ops.EditProjectOut, "edit", rules.edit_with_value, "edit", {"value": VECTORLIKE}
-    ),
-    OpSpec(
-        "capture",
-        ops.Capture,
-        "output",
-        rules.capture,
-        "handle",
-        {"of": ("rows",)},
-        "handle",
-        cost.capture_bits,
-    ),
-    OpSpec(
-        "lens",
-        ops.Lens,
-        "output",
-        rules.lens,
-        "top-k tokens per row",
-        {"of": ROWLIKE},
-        "top_k",
-        cost.lens_bits,
-    ),
-    OpSpec(
-        "logprobs",
-        ops.Logprobs,
-        "output",
-        rules.logprobs,
-        "numbers per row",
-        {},
-        "scalars",
-        cost.logprobs_bits,
-    ),
-    OpSpec(
-        "score",
-        ops.Score,
-        "output",
-        rules.score,
-        "a number per row",
-        {"of": ("rows", "scalars")},
-        "scalars",
-        cost.score_bits,
-    ),
-    OpSpec("text", ops.Text, "output", rules.text, "text per prompt", {}, "tokens", cost.text_bits),
+# fmt: off
+_READS: Final = (
+    OpSpec("read", ops.Read, "read", values.read, "rows of the site"),
+    OpSpec("tensor", ops.Tensor, "constant", values.tensor, "vector or matrix"),
+    OpSpec("vector", ops.Vector, "constant", values.vector, "vector"),
+    OpSpec("stored", ops.Stored, "constant", values.stored, "rows"),
+    OpSpec("sae", ops.Sae, "constant", values.sae, "dictionary"),
 )
+_ARITHMETIC: Final = (
+    OpSpec("add", ops.Add, "arithmetic", arith.add, WIDEST, AB),
+    OpSpec("sub", ops.Sub, "arithmetic", arith.add, WIDEST, AB),
+    OpSpec("scale", ops.Scale, "arithmetic", arith.scale, WIDEST, {"of": ANY, "by": NUMBERS}),
+    OpSpec("dot", ops.Dot, "arithmetic", arith.dot, "scalars or prompt_scalars", {"a": WIDE, "b": WIDE}),
+    OpSpec("matmul", ops.MatMul, "arithmetic", arith.matmul, "a's kind", {"a": WIDE, "b": MATRIX}),
+    OpSpec("norm", ops.Norm, "arithmetic", arith.norm, "scalars or prompt_scalars", {"of": ROWLIKE}),
+    OpSpec("normalize", ops.Normalize, "arithmetic", arith.rowwise, "the operand's kind", {"of": WIDE}),
+    OpSpec("relu", ops.Relu, "arithmetic", arith.rowwise, "the operand's kind", {"of": ANY}),
+    OpSpec("topk", ops.TopK, "arithmetic", arith.topk, "the operand's kind", {"of": WIDE}),
+    OpSpec(
+        "mean", ops.Mean, "arithmetic", arith.mean, "one row, or number, per prompt; over width a number per row",
+        {"of": ("rows", "scalars", "per_prompt")},
+    ),
+    OpSpec(
+        "encode", ops.Encode, "arithmetic", arith.encode, "the operand's kind", {"of": ROWLIKE, "sae": DICTIONARY}
+    ),
+    OpSpec("eq", ops.Eq, "arithmetic", arith.compare, "mask or prompt_mask", NUMBERED),
+    OpSpec("gt", ops.Gt, "arithmetic", arith.compare, "mask or prompt_mask", NUMBERED),
+    OpSpec("lt", ops.Lt, "arithmetic", arith.compare, "mask or prompt_mask", NUMBERED),
+    OpSpec("and", ops.And, "arithmetic", arith.both, "mask or prompt_mask", MASKED),
+    OpSpec("or", ops.Or, "arithmetic", arith.both, "mask or prompt_mask", MASKED),
+    OpSpec("not", ops.Not, "arithmetic", arith.negate, "the operand's kind", {"of": MASKS}),
+    OpSpec("where", ops.Where, "arithmetic", arith.where, WIDEST, {"cond": MASKS, **AB}),
+)
+_EDITS: Final = (
+    OpSpec("edit.add", ops.EditAdd, "edit", edits.edit_add, "edit", VALUED),
+    OpSpec("edit.set", ops.EditSet, "edit", edits.edit_set, "edit", VALUED),
+    OpSpec("edit.scale", ops.EditScale, "edit", edits.edit_scale, "edit", EDIT),
+    OpSpec("edit.project_out", ops.EditProjectOut, "edit", edits.edit_set, "edit", VALUED),
+    OpSpec(
+        "edit.affine", ops.EditAffine, "edit", edits.edit_affine, "edit",
+        {"down": MATRIX, "up": MATRIX, "inner": VECTOR, "bias": VECTOR, **EDIT},
+    ),
+    OpSpec("edit.clamp", ops.EditClamp, "edit", edits.edit_clamp, "edit", VALUED),
+    OpSpec("edit.sae", ops.EditSae, "edit", edits.edit_sae, "edit", {"sae": DICTIONARY, **EDIT}),
+    OpSpec("edit.knockout", ops.EditKnockout, "edit", edits.knockout, "edit", lane="A*"),
+)
+_OUTPUTS: Final = (
+    OpSpec(
+        "capture", ops.Capture, "output", outs.capture, "handle", {"of": ("rows",)}, "handle", cost.capture_bits
+    ),
+    OpSpec("lens", ops.Lens, "output", outs.lens, "top-k tokens per row", {"of": ROWLIKE}, "top_k", cost.lens_bits),
+    OpSpec("logprobs", ops.Logprobs, "output", outs.logprobs, "numbers per row", {}, "scalars", cost.logprobs_bits),
+    OpSpec(
+        "score", ops.Score, "output", outs.score, "a number per row, or per prompt",
+        {"of": ("rows", *NUMBERS, *MASKS)}, "scalars", cost.score_bits,
+    ),
+    OpSpec(
+        "metric", ops.Metric, "output", outs.metric, "a number per prompt", {"to": ("rows",)}, "scalars",
+        cost.metric_bits,
+    ),
+    OpSpec(
+        "pattern", ops.Pattern, "output", outs.pattern, "a number per row, head and key", {"of": ("rows",)},
+        "scalars", cost.pattern_bits, "A*",
+    ),
+    OpSpec("text", ops.Text, "output", outs.text, "text per prompt", {}, "tokens", cost.text_bits),
+)
+_CONTROL: Final = (OpSpec("stop_after", ops.StopAfter, "control", outs.stop_after, "nothing"),)
+_TABLE: Final = (*_READS, *_ARITHMETIC, *_EDITS, *_OUTPUTS, *_CONTROL)
+# fmt: on
 SPEC: Final[dict[str, OpSpec]] = {row.op: row for row in _TABLE}
 EDITS: Final = frozenset(row.op for row in _TABLE if row.group == "edit")
 OUTPUTS: Final = frozenset(row.op for row in _TABLE if row.group == "output")

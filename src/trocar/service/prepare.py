@@ -61,7 +61,7 @@ def prepare(
         model=served.facts,
         lengths=tuple(len(t) for t in tokens),
         generation=request.generation,
-        tensors={name: int(v.shape[0]) for name, v in vectors.items()},
+        tensors={name: tuple(v.shape) for name, v in vectors.items()},
         handles=_handles(request.program, store, owner),
         encode=served.loaded.tokenize,
         marks=tuple(marks for _, marks in marked),

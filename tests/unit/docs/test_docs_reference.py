@@ -87,7 +87,7 @@ def test_the_checker_accepts_each_program(number: int) -> None:
         model=reference.FACTS,
         lengths=(10,) * len(request.prompts),
         generation=request.generation,
-        tensors={"v0": 576},
+        tensors={"v0": (576,)},
         handles=HANDLES,
         encode=lambda _: [5],
     )

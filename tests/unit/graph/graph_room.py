@@ -21,6 +21,19 @@ PRICES = Prices(scalar_bits=24, overhead_bits=256)
 TOKEN_BITS = 9  # 300 tokens
 ACTS, SPARSE, FEW, FOREIGN, ABSENT = (f"act_{c * 32}" for c in "abcde")
 PROBE, DIRECTION, STRANGE = (f"art_{c * 32}" for c in "abc")
+TENSORS = {
+    "v": (8,),
+    "wide": (16,),
+    "two": (2,),
+    "m": (8, 2),
+    "up": (2, 8),
+    "broad": (8, 65),
+    "cube": (2, 2, 2),
+    "w_enc": (8, 12),
+    "b_enc": (12,),
+    "w_dec": (12, 8),
+    "b_dec": (8,),
+}
 SITES = ("embeddings", "resid_pre", "v", "z", "attn_out", "mlp_act", "mlp_out", "resid_post", "final_norm")
 
 
@@ -100,7 +113,7 @@ class Case:
             model=self.model,
             lengths=self.lengths,
             generation=Generation(max_new_tokens=self.new),
-            tensors={"v": 8, "wide": 16},
+            tensors=TENSORS,
             handles={h: HANDLES[h] for h in self.handles},
             encode=encode,
         )

@@ -36,18 +36,21 @@ class T:
     def nodes(self) -> list[dict[str, Any]]:
         """What was recorded, with ids replaced by places in the list."""
         program = self.r.build()
-        scope = replace(Case(new=4).scope(), tensors=dict.fromkeys(self.r.vectors, 8))
+        scope = replace(Case(new=4).scope(), tensors={k: np.shape(v) for k, v in self.r.vectors.items()})
         end = ops.Text(id="the_end")
         check.check(program.model_copy(update={"nodes": (*program.nodes, end)}), scope, PRICES)
         places = {n.id: i for i, n in enumerate(program.nodes)}
         return [_plain(n, places) for n in program.nodes]
 
 
+UNSAID = (("coef", 1.0), ("top_k", 5), ("unit", "absolute"), ("over", "positions"), ("reduce", "none"))
+
+
 def _plain(node: Node, places: dict[str, int]) -> dict[str, Any]:
     out = {
         k: v
         for k, v in node.model_dump().items()
-        if k != "id" and (k, v) not in (("coef", 1.0), ("top_k", 5))
+        if k != "id" and v is not None and (k, v) not in UNSAID
     }
     for name in ("a", "b", "of", "value"):
         if isinstance(out.get(name), str):

@@ -1,0 +1,86 @@
+"""How much of the forward pass a program needs: how many layers, the final norm, attention patterns.
+
+A read or an edit needs its layer; what is made of logits needs all. An explicit `stop_after` is a promise
+that nothing needs more, and is held here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from trocar import errors, sites
+from trocar.graph import ops
+from trocar.graph.program import Program
+from trocar.graph.rules_sites import PATTERN
+from trocar.graph.scope import Walk
+
+OF_LOGITS = (ops.Logprobs, ops.Metric, ops.Text)
+AT_SITES = (ops.Read, *ops.EDIT_NODES)
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What of a pass is computed.
+
+    Attributes:
+        depth: layers.
+        final: whether rows after the final norm are wanted.
+        patterns: whether a node stands at attn_probs.
+    """
+
+    depth: int
+    final: bool
+    patterns: bool
+
+
+def reach(program: Program, walk: Walk) -> Reach:
+    """What an accepted program needs."""
+    n_layers = walk.scope.model.n_layers
+    generates = walk.scope.generation.max_new_tokens > 0
+    needs = [layers(node, n_layers) for node in program.nodes]
+    depth = max(*needs, n_layers if generates else 0, 0)
+    at = [sites.parse(node.site).name for node in program.nodes if isinstance(node, AT_SITES)]
+    return Reach(
+        depth if walk.stop is None else walk.stop + 1,
+        generates or "final_norm" in at or any(isinstance(n, OF_LOGITS) for n in program.nodes),
+        PATTERN in at,
+    )
+
+
+def layers(node: ops.Node, n_layers: int) -> int:
+    """How many layers a node needs."""
+    if isinstance(node, OF_LOGITS):
+        return n_layers
+    if not isinstance(node, AT_SITES):
+        return 0
+    site = sites.parse(node.site)
+    if site.layer is not None:
+        return site.layer + 1
+    return 0 if site.spec.phase == 0 else n_layers
+
+
+def beyond_stop(program: Program, walk: Walk, refused: set[str]) -> Iterator[errors.Refusal]:
+    """One refusal for each node that needs a layer after the stop."""
+    n_layers, stop = walk.scope.model.n_layers, walk.stop
+    if stop is None:
+        return
+    step = f"Stop later, or leave it out; layers 0 to {stop} are computed."
+    if walk.scope.generation.max_new_tokens > 0:
+        why = f"a program that stops after layer {stop} gives no next token, and so generates nothing"
+        yield errors.refusal("after_stop", "generation.max_new_tokens", why, next_step=step)
+    for i, node in enumerate(program.nodes):
+        if node.id in refused or layers(node, n_layers) <= stop + 1:
+            continue
+        field = ".site" if isinstance(node, AT_SITES) else ""
+        yield errors.refusal("after_stop", f"program.nodes[{i}]{field}", _why(node, stop), next_step=step)
+
+
+def _why(node: ops.Node, stop: int) -> str:
+    if isinstance(node, ops.EDIT_NODES):
+        return (
+            f"{node.site!r} lies after layer {stop}: nothing touches the edit, its effect is never computed"
+        )
+    if isinstance(node, ops.Read):
+        return f"{node.site!r} lies after layer {stop}, where the program stops"
+    return f"{node.id!r} needs logits, and the program stops after layer {stop}"
