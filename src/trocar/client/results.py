@@ -1,6 +1,6 @@
 """What a job gave back, with named axes and figures. Every number here passed the gate.
 
-Shape letters: V values (sites), N rows, K top-k, M named tokens.
+Shape letters: V values (sites), N rows, K top-k or keys, M named tokens, P prompts, H heads.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy.typing as npt
 from trocar import errors
 from trocar.client.handles import Probe
 from trocar.client.notebook import bits_text, html_table, text_table
-from trocar.plots import Heatmap, TokenStrip
+from trocar.plots import Bars, Heatmap, TokenStrip
 from trocar.wire import results as r
 
 Tokens = tuple[tuple[str, ...], ...]
 H = TypeVar("H")
 H2 = TypeVar("H2")
-W = TypeVar("W", r.LensOutput, r.LogprobsOutput, r.ScoreOutput)
+W = TypeVar("W", r.LensOutput, r.LogprobsOutput, r.ScoreOutput, r.PatternOutput)
 SHOWN: Final = 40
 
 
@@ -183,6 +183,108 @@ class ScoreResult(RowsResult[r.ScoreOutput]):
         return html_table("Scores", *self._table())
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class MetricResult:
+    """One number per prompt: `values` [P]; `metric` says which, `unit` in what."""
+
+    view: r.MetricOutput
+
+    @property
+    def metric(self) -> str:
+        return self.view.metric
+
+    @property
+    def unit(self) -> str:
+        return "logits" if self.metric == "logit_diff" else "nats"
+
+    @property
+    def values(self) -> npt.NDArray[np.float64]:
+        return np.asarray(self.view.values)
+
+    def to_numpy(self) -> npt.NDArray[np.float64]:
+        return self.values
+
+    def bars(self) -> Bars:
+        """One bar per prompt."""
+        names = [f"prompt {i}" for i in range(len(self.view.values))]
+        return Bars(names, self.view.values, self.metric, self.unit)
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        rows = [[str(i), f"{x:.4g}"] for i, x in enumerate(self.view.values)]
+        return ["prompt", f"{self.metric} ({self.unit})"], rows[:SHOWN]
+
+    def __repr__(self) -> str:
+        return text_table("MetricResult", *self._table())
+
+    def _repr_html_(self) -> str:
+        return html_table(self.metric, *self._table())
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class PatternResult(RowsResult[r.PatternOutput]):
+    """Attention probabilities: `values` [N, H, K]; `heads` are the H head indices, `keys[p]` the K positions."""
+
+    @property
+    def values(self) -> npt.NDArray[np.float64]:
+        return np.asarray(self.view.probs)
+
+    def to_numpy(self) -> npt.NDArray[np.float64]:
+        return self.values
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        return self.view.heads
+
+    @property
+    def keys(self) -> npt.NDArray[np.int64]:
+        """Absolute position of each key, int [P, K]."""
+        return np.asarray(self.view.keys)
+
+    def heatmap(self, head: int, prompt: int = 0) -> Heatmap:
+        """One head of one prompt: queries by keys."""
+        rows = [i for i, p in enumerate(self.view.prompts) if p == prompt]
+        if head not in self.heads or not rows:
+            raise errors.refuse("bad_argument", "head", f"there is no head {head} of prompt {prompt} here")
+        return Heatmap(
+            self.values[rows, self.heads.index(head)].tolist(),
+            [token_at(self.tokens, prompt, k) for k in self.view.keys[prompt]],
+            [self.label(i) for i in rows],
+            title=f"Attention of head {head}, prompt {prompt}",
+            x_title="key",
+            y_title="query",
+            value_title="probability",
+            vmin=0.0,
+            vmax=1.0,
+            origin="upper",
+        )
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        most = self.values.argmax(-1)
+        body = [
+            [str(p), self.label(i)[:16], *[repr(token_at(self.tokens, p, self.view.keys[p][k]))[:12] for k in ks[:6]]]
+            for i, (p, ks) in enumerate(zip(self.view.prompts, most.tolist(), strict=True))
+        ]  # fmt: skip
+        return ["prompt", "query", *[f"head {h}" for h in self.heads[:6]]], body[:SHOWN]
+
+    def __repr__(self) -> str:
+        return text_table(
+            f"PatternResult {list(self.values.shape)}: the key with most attention", *self._table()
+        )
+
+    def _repr_html_(self) -> str:
+        return html_table("Attention: the key with most attention", *self._table())
+
+
+_SHOWN_AS: Final[Mapping[type[Any], Callable[[Any, Tokens], Any]]] = {
+    r.LensOutput: LensResult,
+    r.LogprobsOutput: LogprobsResult,
+    r.ScoreOutput: ScoreResult,
+    r.PatternOutput: PatternResult,
+    r.MetricOutput: lambda output, _tokens: MetricResult(output),
+    r.FitOutput: lambda output, _tokens: Probe.of(output),
+}
+
+
 class Text(str):
     """Generated text that remembers its token ids, whether an end token came, and the receipt."""
 
@@ -214,15 +316,11 @@ class Results(Mapping[str, Any], Generic[H]):
         return Results(self._raw, self.charge, bind)
 
     def _wrap(self, output: r.Output, bind: Callable[[r.CaptureOutput], H]) -> Any:
-        if isinstance(output, r.LensOutput):
-            return LensResult(output, self.tokens)
-        if isinstance(output, r.LogprobsOutput):
-            return LogprobsResult(output, self.tokens)
-        if isinstance(output, r.ScoreOutput):
-            return ScoreResult(output, self.tokens)
+        if isinstance(output, r.CaptureOutput):
+            return bind(output)
         if isinstance(output, r.TextOutput):
             return [Text.of(output, i, self.receipt) for i in range(len(output.texts))]
-        return Probe.of(output) if isinstance(output, r.FitOutput) else bind(output)
+        return _SHOWN_AS[type(output)](output, self.tokens)
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._outputs:

@@ -54,11 +54,15 @@ class Task:
     Attributes:
         request: id, for cancelling and for messages.
         tokens: token ids of each prompt.
-        vectors: float32 [D] of each `tensor` and `vector` node.
+        vectors: float32 [D], or a matrix, of each `tensor` and `vector` node; arrays of an `sae` node stand
+            under `id.w_enc`, `id.b_enc`, `id.w_dec`, `id.b_dec` and `id.threshold`.
         stored: float32 [N_i, D] per prompt of each `stored` node.
         probes: (weights [D], bias) of each `score` node that names a probe.
         sinks: where each `capture` node's rows go.
         progress: called with the number of finished prompts.
+        tenant: who asks: turns are taken between tenants, and cached prefixes are theirs alone.
+        family: id shared by the variants of a sweep, whose prompts are the same.
+        fork: layers that all variants of the family compute alike.
     """
 
     request: str
@@ -69,6 +73,9 @@ class Task:
     probes: Mapping[str, tuple[F32, float]]
     sinks: Mapping[str, Sink]
     progress: Callable[[int], None]
+    tenant: str = ""
+    family: str | None = None
+    fork: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +104,21 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
+class Metered:
+    """One number per prompt, float32 [P]."""
+
+    values: F32
+
+
+@dataclass(frozen=True, slots=True)
+class Patterned:
+    """Attention probabilities, float32 [N, H, K]: heads and keys in the order in which the read names them."""
+
+    tags: RowTags
+    probs: F32
+
+
+@dataclass(frozen=True, slots=True)
 class Generated:
     """Sampled token ids per prompt, the end token not included, and whether one came."""
 
@@ -111,7 +133,7 @@ class Captured:
     rows_per_prompt: tuple[int, ...]
 
 
-Outcome = Lensed | Named | Scored | Generated | Captured
+Outcome = Lensed | Named | Scored | Metered | Patterned | Generated | Captured
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +154,33 @@ class TaskResult:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since start; `most_requests` is the largest number of requests in one forward pass."""
+    """Counters since start.
+
+    Attributes:
+        forwards: forward passes.
+        sequences: prompts that were finished.
+        tokens: rows that went through the model.
+        most_requests: the largest number of requests in one forward pass.
+        live_requests: requests that are not finished.
+        chunks: passes over a part of a prompt.
+        preemptions: sequences that gave their place back and were computed again.
+        prefix_hit_tokens: prompt tokens that came from the prefix cache.
+        shared_rows: rows that variants of a sweep did not compute a second time below the layer where they part.
+        live_sequences: sequences that hold keys and values now.
+        kv_bytes: bytes of keys and values now.
+    """
 
     forwards: int
     sequences: int
     tokens: int
     most_requests: int
     live_requests: int
+    chunks: int = 0
+    preemptions: int = 0
+    prefix_hit_tokens: int = 0
+    shared_rows: int = 0
+    live_sequences: int = 0
+    kv_bytes: int = 0
 
 
 class Engine(Protocol):

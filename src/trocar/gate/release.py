@@ -24,6 +24,14 @@ _SEAL: Final = object()
 _MANTISSA: Final = 23
 _SIGN_AND_EXPONENT: Final = 9
 _LARGEST: Final = 1e38
+# The field that holds an output's numbers, nested or not.
+_NUMBERS: Final[Mapping[type[r.Output], str]] = {
+    r.LensOutput: "logprobs",
+    r.LogprobsOutput: "logprobs",
+    r.ScoreOutput: "scores",
+    r.MetricOutput: "values",
+    r.PatternOutput: "probs",
+}
 
 
 class Released:
@@ -121,37 +129,42 @@ def replay(payload: bytes, charge: r.Charge) -> Released:
 
 def measure(output: r.Output, token_bits: int, scalar_bits: int) -> int:
     """Bits of one output as sent. A capture has none: its handle is random, its row counts are `lengths`."""
-    if isinstance(output, r.LensOutput):
-        return _leaves(output.ids) * token_bits + _leaves(output.logprobs) * scalar_bits
-    if isinstance(output, r.LogprobsOutput):
-        return sum(len(row) for row in output.logprobs) * scalar_bits
-    if isinstance(output, r.ScoreOutput):
-        return len(output.scores) * scalar_bits
     if isinstance(output, r.TextOutput):
         return sum(len(row) + 1 for row in output.ids) * token_bits
     if isinstance(output, r.FitOutput):
         return sum(len(s.metrics) for s in output.sites) * scalar_bits
-    return 0
+    if isinstance(output, r.ScoreOutput) and output.truth:
+        return len(output.scores)
+    ids = _leaves(output.ids) * token_bits if isinstance(output, r.LensOutput) else 0
+    field = _NUMBERS.get(type(output))
+    return ids + (0 if field is None else _leaves(getattr(output, field)) * scalar_bits)
 
 
-def _leaves(nested: tuple[tuple[tuple[Any, ...], ...], ...]) -> int:
-    return sum(len(k) for rows in nested for k in rows)
+def _leaves(nested: tuple[Any, ...]) -> int:
+    return sum(_leaves(x) for x in nested) if nested and isinstance(nested[0], tuple) else len(nested)
 
 
 def quantise(output: r.Output, scalar_bits: int) -> r.Output:
     """The output with every number rounded to `scalar_bits`."""
-    if isinstance(output, r.LensOutput):
-        rounded = tuple(tuple(_round_row(row, scalar_bits) for row in rows) for rows in output.logprobs)
-        return output.model_copy(update={"logprobs": rounded})
-    if isinstance(output, r.LogprobsOutput):
-        return output.model_copy(
-            update={"logprobs": tuple(_round_row(row, scalar_bits) for row in output.logprobs)}
-        )
-    if isinstance(output, r.ScoreOutput):
-        return output.model_copy(update={"scores": _round_row(output.scores, scalar_bits)})
     if isinstance(output, r.FitOutput):
         return output.model_copy(update={"sites": tuple(_metrics(s, scalar_bits) for s in output.sites)})
-    return output
+    if isinstance(output, r.ScoreOutput) and output.truth:
+        return output.model_copy(update={"scores": _truths(output)})
+    field = _NUMBERS.get(type(output))
+    if field is None:
+        return output
+    return output.model_copy(update={field: _rounded(getattr(output, field), scalar_bits)})
+
+
+def _rounded(nested: tuple[Any, ...], scalar_bits: int) -> tuple[Any, ...]:
+    if nested and isinstance(nested[0], tuple):
+        return tuple(_rounded(x, scalar_bits) for x in nested)
+    return _round_row(nested, scalar_bits)
+
+
+def _truths(output: r.ScoreOutput) -> tuple[float, ...]:
+    """One bit each: whatever they were, 0 or 1 leaves."""
+    return tuple(float(x != 0) for x in output.scores)
 
 
 def _metrics(site: r.SiteMetrics, scalar_bits: int) -> r.SiteMetrics:

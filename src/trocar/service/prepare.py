@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from trocar.graph.positions import NO_MARKS, Marks
 from trocar.graph.program import Program, canonical
 from trocar.graph.scope import Scope
 from trocar.models.load import Loaded
-from trocar.store import Store
+from trocar.store import Reader, Store
 from trocar.wire.requests import Chat, RunRequest
 
 Vectors = Mapping[str, npt.NDArray[np.float32]]
@@ -173,9 +173,17 @@ def stored_values(prepared: Prepared, store: Store, owner: str) -> dict[str, tup
     for node in prepared.checked.program.nodes:
         if isinstance(node, ops.Stored):
             reader = store.open(owner, node.handle)
-            bounds = np.cumsum(reader.rows_per_prompt())[:-1]
-            out[node.id] = tuple(np.array(part) for part in np.split(reader.read(node.site), bounds))
+            out[node.id] = _rows_of(reader, node.site, prepared.checked.stored[node.id])
     return out
+
+
+def _rows_of(reader: Reader, site: str, wanted: Sequence[tuple[int, tuple[int, ...]]]) -> tuple[F32, ...]:
+    """Of each pair: those rows of that stored prompt. Prompts that nobody wants are not read."""
+    counts = reader.rows_per_prompt()
+    needed = sorted({prompt for prompt, rows in wanted if rows})
+    starts = dict(zip(needed, np.cumsum([0, *(counts[p] for p in needed)]).tolist(), strict=False))
+    data = reader.read(site, needed)
+    return tuple(data[starts.get(prompt, 0) + np.array(rows, dtype=np.int64)] for prompt, rows in wanted)
 
 
 def probe_values(prepared: Prepared, store: Store, owner: str) -> dict[str, tuple[F32, float]]:

@@ -12,8 +12,10 @@ from trocar.engine.protocol import (
     Captured,
     Generated,
     Lensed,
+    Metered,
     Named,
     Outcome,
+    Patterned,
     RowTags,
     Scored,
     Task,
@@ -145,11 +147,38 @@ class Run:
             return self._logprobs(name, outcome)
         if isinstance(outcome, Scored):
             prompts, positions = _rows(outcome.tags)
-            return r.ScoreOutput(prompts=prompts, positions=positions, scores=tuple(outcome.scores.tolist()))
+            scores = tuple(outcome.scores.tolist())
+            return r.ScoreOutput(
+                prompts=prompts, positions=positions, scores=scores, truth=self._is_truth(name)
+            )
+        if isinstance(outcome, Metered | Patterned):
+            return self._measured(name, outcome)
         if isinstance(outcome, Generated):
             texts = tuple(self.served.loaded.decode(list(ids)) for ids in outcome.ids)
             return r.TextOutput(texts=texts, ids=outcome.ids, finished=outcome.finished)
         return _capture(outcome, writers[name])
+
+    def _is_truth(self, name: str) -> bool:
+        node = next(n for n in self.prepared.checked.outputs() if n.id == name)
+        return isinstance(node, ops.Score) and self.prepared.checked.values[node.of].content == "truth"
+
+    def _measured(self, name: str, outcome: Metered | Patterned) -> r.Output:
+        nodes = {n.id: n for n in self.prepared.checked.program.nodes}
+        node = nodes[name]
+        if isinstance(outcome, Metered) and isinstance(node, ops.Metric):
+            return r.MetricOutput(metric=node.metric, values=tuple(outcome.values.tolist()))
+        read = nodes[node.of] if isinstance(node, ops.Pattern) else node
+        if not isinstance(read, ops.Read) or read.keys is None or isinstance(outcome, Metered):
+            raise errors.refuse("internal", name, "a result that is not its node's")
+        prompts, positions = _rows(outcome.tags)
+        keys = self.prepared.checked.selections[read.keys].rows
+        return r.PatternOutput(
+            prompts=prompts,
+            positions=positions,
+            heads=read.heads or tuple(range(self.served.facts.n_heads)),
+            keys=tuple(tuple(k.prompt) for k in keys),
+            probs=tuple(tuple(tuple(k) for k in heads) for heads in outcome.probs.tolist()),
+        )
 
     def _lens(self, name: str, outcome: Lensed) -> r.LensOutput:
         node = next(n for n in self.prepared.checked.outputs() if n.id == name)

@@ -207,12 +207,32 @@ class LogprobsOutput(Strict):
 
 
 class ScoreOutput(Strict):
-    """One number per row, [row]."""
+    """One number per row, [row]; `truth` says that they are truth values, 0 or 1, which cost a bit each."""
 
     kind: Literal["score"] = "score"
     prompts: tuple[int, ...]
     positions: tuple[int, ...]
     scores: tuple[float, ...]
+    truth: bool = False
+
+
+class MetricOutput(Strict):
+    """One number per prompt, [prompt]."""
+
+    kind: Literal["metric"] = "metric"
+    metric: Literal["logit_diff", "cross_entropy", "kl"]
+    values: tuple[float, ...]
+
+
+class PatternOutput(Strict):
+    """Attention probabilities, [row][head][key]; `heads` are head indices, `keys` absolute positions by prompt."""
+
+    kind: Literal["pattern"] = "pattern"
+    prompts: tuple[int, ...]
+    positions: tuple[int, ...]
+    heads: tuple[int, ...]
+    keys: tuple[tuple[int, ...], ...]
+    probs: tuple[tuple[tuple[float, ...], ...], ...]
 
 
 class TextOutput(Strict):
@@ -256,7 +276,14 @@ class FitOutput(Strict):
 
 
 Output = Annotated[
-    LensOutput | LogprobsOutput | ScoreOutput | TextOutput | CaptureOutput | FitOutput,
+    LensOutput
+    | LogprobsOutput
+    | ScoreOutput
+    | MetricOutput
+    | PatternOutput
+    | TextOutput
+    | CaptureOutput
+    | FitOutput,
     Field(discriminator="kind"),
 ]
 
