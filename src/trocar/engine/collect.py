@@ -1,112 +1,247 @@
-"""What one task has produced so far, over all its batches, and how it becomes a result.
+"""What one task has produced so far, over all its steps, and how it becomes a result.
 
-Rows arrive in any order; results are sorted by prompt, then position.
+Rows arrive in any order; results are sorted by prompt, then position. Captured rows wait here until there is a
+batch of them worth writing.
+
+Shape letters: N rows, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 
 from trocar import errors
-from trocar.engine.executor import Step, Tallies
 from trocar.engine.protocol import (
     F32,
+    I64,
     Captured,
     Generated,
     Lensed,
+    Metered,
     Named,
     Outcome,
+    Patterned,
     RowTags,
     Scored,
-    Task,
     TaskResult,
 )
-from trocar.engine.readout import Readout
+from trocar.engine.readout import Asks, named, top
+from trocar.engine.runs import PROMPT_LEVEL, Run
+from trocar.engine.values import Step
 from trocar.graph import ops
+
+FLUSH_BYTES: Final = 4 << 20
+Part = tuple[RowTags, tuple[Any, ...]]
 
 
 class Collector:
     """Accumulates the outputs of one task."""
 
-    def __init__(self, task: Task, tallies: Tallies) -> None:
-        self._task = task
-        self._tallies = tallies
-        self._parts: dict[str, list[tuple[RowTags, tuple[Any, ...]]]] = {
-            n.id: [] for n in task.checked.outputs()
-        }
-        self._rows = {n.id: np.zeros(len(task.tokens), dtype=np.int64) for n in task.checked.outputs()}
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._task = run.task
+        outputs = tuple(run.task.checked.outputs())
+        prompts = len(run.task.tokens)
+        self._outputs = outputs
+        self._parts: dict[str, list[Part]] = {n.id: [] for n in outputs}
+        self._rows = {n.id: np.zeros(prompts, dtype=np.int64) for n in outputs}
+        self._sums = {n.id: np.zeros(prompts) for n in outputs if isinstance(n, ops.Metric)}
         self._texts: dict[int, tuple[tuple[int, ...], bool]] = {}
+        self._captured: dict[str, list[tuple[dict[str, torch.Tensor], RowTags]]] = {n.id: [] for n in outputs}
+        self._waiting_bytes = 0
 
-    def step(self, step: Step, final_ND: torch.Tensor, readout: Readout) -> None:
-        """Takes what one forward pass gave; `final_ND` are the batch's rows after the final norm."""
-        for node in self._task.checked.outputs():
-            if isinstance(node, ops.Lens):
-                self._lens(node, step, readout)
-            elif isinstance(node, ops.Logprobs):
-                self._logprobs(node, step, final_ND, readout)
-            elif isinstance(node, ops.Score):
-                self._score(node, step)
-            elif isinstance(node, ops.Capture):
-                self._capture(node, step)
+    def step(self, step: Step, asks: Asks, stage: int) -> None:
+        """Takes what one forward pass gave; logits are asked for and come later in the same step."""
+        for node in self._outputs:
+            take = TAKE.get(type(node))
+            if take is not None:
+                take(self, node, step, asks, stage)
+        if self._waiting_bytes > FLUSH_BYTES:
+            self.flush()
 
     def generated(self, prompt: int, ids: tuple[int, ...], finished: bool) -> None:
         self._texts[prompt] = (ids, finished)
 
-    def _tags(self, name: str, step: Step) -> RowTags | None:
-        """Tags of a value's rows in this step, None when it has none."""
-        value = self._task.checked.values[name]
-        if value.at is not None:
-            tags = step.pick(value.at).tags
-            return tags if len(tags.phases) else None
-        if step.layout.members[0].gen is not None:
-            return None  # per-prompt and stored values are complete after the first step
-        slots = step.value(name).slots
-        prompts = np.asarray(step.group.prompts)[slots.numpy() if slots is not None else slice(None)]
-        none = np.full(len(prompts), -1, dtype=np.int64)
-        return RowTags(prompts, none, none, tuple("prompt" for _ in prompts))
+    # ---- which rows ----
 
-    def _lens(self, node: ops.Lens, step: Step, readout: Readout) -> None:
-        tags = self._tags(node.of[0], step)
-        if tags is None:
-            return
-        pairs = [readout.top(step.value(r).data, node.top_k, normed=self._normed(r)) for r in node.of]
-        self._parts[node.id].append(
-            (tags, (np.stack([p[0] for p in pairs], 1), np.stack([p[1] for p in pairs], 1)))
-        )
+    def _tags(self, name: str, step: Step) -> tuple[RowTags, I64 | None] | None:
+        """Tags of a value's new rows in this step and their indices (None: all of them); None without rows."""
+        value = self._task.checked.values[name]
+        if value.kind in PROMPT_LEVEL or value.at is None:
+            return self._prompt_tags(name, step)
+        picked = step.pick(value.at)
+        fresh = step.layout.fresh(picked)
+        if not picked.rows or (fresh is not None and not len(fresh)):
+            return None
+        tags = step.layout.tags(picked)
+        return (tags, None) if fresh is None else (_chosen(tags, fresh), fresh)
+
+    def _prompt_tags(self, name: str, step: Step) -> tuple[RowTags, I64 | None] | None:
+        """Prompt-wide and stored values are complete when the end of their prompt is seen for the first time."""
+        members = step.layout.members
+        new = [m.slot for m in members if m.first < m.length <= m.stop and m.fresh < m.length]
+        if not new:
+            return None
+        held = step.value(name)
+        owners = np.arange(len(members)) if held.slots is None else held.slots.numpy()
+        index = np.flatnonzero(np.isin(owners, new))
+        prompts = np.asarray([m.prompt for m in members], dtype=np.int64)[owners[index]]
+        none = np.full(len(index), -1, dtype=np.int64)
+        return RowTags(prompts, none, none, tuple("prompt" for _ in prompts)), index
+
+    def _put(self, name: str, tags: RowTags, *arrays: Any) -> None:
+        self._parts[name].append((tags, arrays))
+
+    # ---- one method per output ----
+
+    def _lens(self, node: ops.Lens, step: Step, asks: Asks, _stage: int) -> None:
+        for number, ref in enumerate(node.of):
+            found = self._tags(ref, step)
+            if found is None:
+                return
+            rows = _rows(step.value(ref).data, found[1])
+            asks.loose(rows, self._normed(ref), self._lens_then(node, number, found[0]))
+
+    def _lens_then(self, node: ops.Lens, number: int, tags: RowTags) -> Callable[[slice, torch.Tensor], None]:
+        def then(rows: slice, logits_NV: torch.Tensor) -> None:
+            ids, logprobs = top(logits_NV.log_softmax(-1), node.top_k)
+            which = np.full(len(ids), number, dtype=np.int64)
+            self._put(node.id, _chosen(tags, np.arange(rows.start, rows.stop)), which, ids, logprobs)
+
+        return then
 
     def _normed(self, name: str) -> bool:
         sites = self._task.checked.values[name].sites
         return bool(sites) and all(s.name == "final_norm" for s in sites)
 
-    def _logprobs(self, node: ops.Logprobs, step: Step, final_ND: torch.Tensor, readout: Readout) -> None:
-        picked = step.pick(node.at)
-        if picked.rows:
-            table = np.asarray(self._task.checked.token_ids[node.id], dtype=np.int64)
-            named = readout.named(final_ND.index_select(0, picked.index), table[picked.tags.prompts])
-            self._parts[node.id].append((picked.tags, (named,)))
+    def _final_rows(self, at: str, step: Step, stage: int) -> tuple[torch.Tensor, RowTags] | None:
+        """Rows of the last stage that a selector picks and no step has collected."""
+        picked = step.pick(at, stage)
+        fresh = step.layout.fresh(picked)
+        if not picked.rows or (fresh is not None and not len(fresh)):
+            return None
+        tags = step.layout.tags(picked)
+        if fresh is None:
+            return picked.index, tags
+        return picked.index[torch.from_numpy(fresh)], _chosen(tags, fresh)
 
-    def _score(self, node: ops.Score, step: Step) -> None:
-        tags = self._tags(node.of, step)
-        if tags is None:
+    def _logprobs(self, node: ops.Logprobs, step: Step, asks: Asks, stage: int) -> None:
+        found = self._final_rows(node.at, step, stage)
+        if found is None:
             return
-        data = step.value(node.of).data
+        index, tags = found
+        ids_NM = np.asarray(self._task.checked.token_ids[node.id], dtype=np.int64)[tags.prompts]
+
+        def then(rows: slice, logits_NV: torch.Tensor) -> None:
+            here = np.arange(rows.start, rows.stop)
+            self._put(node.id, _chosen(tags, here), named(logits_NV.log_softmax(-1), ids_NM[rows]))
+
+        asks.final(index, then)
+
+    def _metric(self, node: ops.Metric, step: Step, asks: Asks, stage: int) -> None:
+        found = self._final_rows(node.at, step, stage)
+        if found is None:
+            return
+        index, tags = found
+        measure = self._measure(node, step, tags, asks)
+
+        def then(rows: slice, logits_NV: torch.Tensor) -> None:
+            prompts = tags.prompts[rows]
+            np.add.at(self._sums[node.id], prompts, measure(rows, logits_NV.log_softmax(-1)))
+            np.add.at(self._rows[node.id], prompts, 1)
+
+        asks.final(index, then)
+
+    def _measure(
+        self, node: ops.Metric, step: Step, tags: RowTags, asks: Asks
+    ) -> Callable[[slice, torch.Tensor], Any]:
+        if node.metric == "logit_diff":
+            pairs = np.asarray(self._task.checked.token_ids[node.id], dtype=np.int64)[tags.prompts]
+            return lambda rows, lp: np.subtract(*named(lp, pairs[rows]).T.astype(np.float64))
+        if node.metric == "cross_entropy":
+            after = [self._task.tokens[p][i + 1] for p, i in zip(tags.prompts, tags.positions, strict=True)]
+            ids = np.asarray(after, dtype=np.int64)[:, None]
+            return lambda rows, lp: -named(lp, ids[rows])[:, 0].astype(np.float64)
+        reference = step.for_rows(node.to or "", step.pick(node.at))
+        fresh = step.layout.fresh(step.pick(node.at))
+        reference = _rows(reference, fresh)
+
+        def divergence(rows: slice, lp: torch.Tensor) -> Any:
+            p = asks.readout.logprobs(reference[rows], normed=True)
+            return (p.exp() * (p - lp)).double().sum(-1).numpy()
+
+        return divergence
+
+    def _score(self, node: ops.Score, step: Step, _asks: Asks, _stage: int) -> None:
+        found = self._tags(node.of, step)
+        if found is None:
+            return
+        data = _rows(step.value(node.of).data, found[1])
         if node.id in self._task.probes:
             weights, bias = self._task.probes[node.id]
             data = data @ torch.from_numpy(weights) + bias
-        self._parts[node.id].append((tags, (data.numpy(),)))
+        self._put(node.id, found[0], data.float().numpy())
 
-    def _capture(self, node: ops.Capture, step: Step) -> None:
-        tags = self._tags(node.of[0], step)
-        if tags is None:
+    def _pattern(self, node: ops.Pattern, step: Step, _asks: Asks, _stage: int) -> None:
+        found = self._tags(node.of, step)
+        if found is None:
             return
+        read = self._run.nodes[node.of]
+        assert isinstance(read, ops.Read)
+        rows = _rows(step.value(node.of).data, found[1])
+        keys = self._task.checked.selections[read.keys or "all"].counts[0]
+        self._put(node.id, found[0], rows.reshape(len(rows), -1, keys).numpy())
+
+    def _capture(self, node: ops.Capture, step: Step, _asks: Asks, _stage: int) -> None:
+        found = self._reduced_tags(node, step) if node.reduce == "mean" else self._tags(node.of[0], step)
+        if found is None:
+            return
+        tags, index = found
         values = self._task.checked.values
-        vectors: dict[str, F32] = {str(values[r].sites[0]): step.value(r).data.numpy() for r in node.of}
-        self._task.sinks[node.id].append(vectors, tags)
+        vectors = {str(values[r].sites[0]): self._captured_rows(node, r, step, index) for r in node.of}
+        self._captured[node.id].append((vectors, tags))
+        self._waiting_bytes += sum(x.numel() * 4 for x in vectors.values())
         np.add.at(self._rows[node.id], tags.prompts, 1)
+
+    def _captured_rows(self, node: ops.Capture, name: str, step: Step, index: I64 | None) -> torch.Tensor:
+        held = step.value(name)
+        if node.reduce == "none" or held.slots is None:
+            return _rows(held.data, index)
+        n = len(step.layout.members)
+        total = torch.zeros(n, held.data.shape[1]).index_add_(0, held.slots, held.data)
+        count = torch.bincount(held.slots, minlength=n).clamp_min(1)
+        return _rows(total / count[:, None], index)
+
+    def _reduced_tags(self, node: ops.Capture, step: Step) -> tuple[RowTags, I64 | None] | None:
+        """One row per prompt whose end is seen for the first time."""
+        members = step.layout.members
+        new = [m for m in members if m.first < m.length <= m.stop and m.fresh < m.length]
+        if not new or not step.has(node.of[0]):
+            return None
+        none = np.full(len(new), -1, dtype=np.int64)
+        prompts = np.asarray([m.prompt for m in new], dtype=np.int64)
+        slots = np.asarray([m.slot for m in new], dtype=np.int64)
+        return RowTags(prompts, none, none, tuple("prompt" for _ in new)), slots
+
+    # ---- the end ----
+
+    def flush(self) -> None:
+        """Writes captured rows to their sinks."""
+        for name, waiting in self._captured.items():
+            if not waiting:
+                continue
+            tags = _joined([t for _, t in waiting])
+            vectors: dict[str, F32] = {
+                site: torch.cat([v[site] for v, _ in waiting]).numpy() for site in waiting[0][0]
+            }
+            waiting.clear()
+            self._task.sinks[name].append(vectors, tags)
+        self._waiting_bytes = 0
 
     def result(self) -> TaskResult:
         """The sorted result.
@@ -114,15 +249,17 @@ class Collector:
         Raises:
             RunFailed: `edit_missed` when an edit never reached a row.
         """
-        effects = self._tallies.effects()
+        self.flush()
+        effects = self._run.effects()
         missed = next((e for e in effects if not e.rows), None)
         if missed is not None:
+            node = self._run.nodes[missed.id]
             raise errors.refuse(
-                "edit_missed",
-                missed.id,
-                f"the edit {missed.id!r} reached no row: generation ended before its positions",
-            )
-        return TaskResult({n.id: self._outcome(n) for n in self._task.checked.outputs()}, effects)
+                "edit_missed", missed.id,
+                f"the edit {missed.id!r} at {getattr(node, 'at', '')!r} reached no row: generation ended before "
+                "its positions",
+            )  # fmt: skip
+        return TaskResult({n.id: self._outcome(n) for n in self._outputs}, effects)
 
     def _outcome(self, node: ops.Node) -> Outcome:
         if isinstance(node, ops.Text):
@@ -130,29 +267,60 @@ class Collector:
             return Generated(tuple(r[0] for r in rows), tuple(r[1] for r in rows))
         if isinstance(node, ops.Capture):
             return Captured(tuple(int(n) for n in self._rows[node.id]))
-        tags, arrays = self._sorted(node.id)
+        if isinstance(node, ops.Metric):
+            return Metered((self._sums[node.id] / self._rows[node.id]).astype(np.float32))
         if isinstance(node, ops.Lens):
-            return Lensed(tags, arrays[0].swapaxes(0, 1), arrays[1].swapaxes(0, 1))
+            return self._lensed(node)
+        tags, arrays = self._sorted(node.id, self._parts[node.id])
+        if isinstance(node, ops.Pattern):
+            return Patterned(tags, arrays[0])
         return Named(tags, arrays[0]) if isinstance(node, ops.Logprobs) else Scored(tags, arrays[0])
 
-    def _sorted(self, name: str) -> tuple[RowTags, tuple[Any, ...]]:
-        parts = self._parts[name]
+    def _lensed(self, node: ops.Lens) -> Lensed:
+        ids, logprobs, tags = [], [], None
+        for number in range(len(node.of)):
+            mine = [p for p in self._parts[node.id] if p[1][0][0] == number]
+            tags, arrays = self._sorted(node.id, mine)
+            ids.append(arrays[1])
+            logprobs.append(arrays[2])
+        assert tags is not None
+        return Lensed(tags, np.stack(ids), np.stack(logprobs))
+
+    def _sorted(self, name: str, parts: list[Part]) -> tuple[RowTags, tuple[Any, ...]]:
         if not parts:
             raise errors.refuse(
                 "edit_missed", name, f"the output {name!r} has no row: generation ended before its positions"
             )
-        tags = RowTags(
-            np.concatenate([t.prompts for t, _ in parts]),
-            np.concatenate([t.positions for t, _ in parts]),
-            np.concatenate([t.token_ids for t, _ in parts]),
-            tuple(p for t, _ in parts for p in t.phases),
-        )
+        tags = _joined([t for t, _ in parts])
         order = tags.order()
         arrays = tuple(np.concatenate([a[i] for _, a in parts])[order] for i in range(len(parts[0][1])))
-        return _reorder(tags, order), arrays
+        return _chosen(tags, order), arrays
 
 
-def _reorder(tags: RowTags, order: Any) -> RowTags:
+TAKE: Final[dict[type[ops.Node], Callable[..., None]]] = {
+    ops.Lens: Collector._lens,
+    ops.Logprobs: Collector._logprobs,
+    ops.Metric: Collector._metric,
+    ops.Score: Collector._score,
+    ops.Pattern: Collector._pattern,
+    ops.Capture: Collector._capture,
+}
+
+
+def _rows(data: torch.Tensor, index: I64 | None) -> torch.Tensor:
+    return data if index is None else data[torch.from_numpy(index)]
+
+
+def _joined(parts: list[RowTags]) -> RowTags:
+    return RowTags(
+        np.concatenate([t.prompts for t in parts]),
+        np.concatenate([t.positions for t in parts]),
+        np.concatenate([t.token_ids for t in parts]),
+        tuple(p for t in parts for p in t.phases),
+    )
+
+
+def _chosen(tags: RowTags, order: I64) -> RowTags:
     return replace(
         tags,
         prompts=tags.prompts[order],

@@ -1,12 +1,14 @@
 """Where rows lie in one step: the host computes every bound, programs never see the batch.
 
-A step is one forward pass over a batch. At the first step sequence b occupies the flat rows b*T .. b*T+n-1
-of the padded batch [B, T]; at later steps each sequence that is still fed has one row. A `Group` is the part of
-one request that sits in this batch; `Layout.pick` turns a selector into the group's own rows and nothing else.
+A step is one forward pass over the rows of many sequences, one after the other. A `Member` is what one
+sequence feeds in this step: tokens at consecutive absolute positions. Rows may move between layers (sweep
+variants part, finished rows leave), so a member has a first row per stage of the step. `Layout.pick` turns a
+selector into the rows of its own members and of nobody else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,81 +17,132 @@ import torch
 from trocar.engine.protocol import I64, RowTags
 from trocar.graph.scope import Selection
 
+NONE: I64 = np.zeros(0, dtype=np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One sequence of a group in one step.
+    """One sequence of a task in one step.
 
     Attributes:
-        slot: index within its group.
+        slot: index within its layout.
         prompt: index of the prompt within its request.
-        start: flat row of its first token of this step.
-        length: tokens of the prompt.
-        fed: ids of the tokens fed in this step.
-        gen: index of the generated token fed in this step, None at the first step.
+        length: tokens of the prompt; positions from there on are generated.
+        first: absolute position of the first token fed.
+        fed: ids of the tokens fed.
+        starts: its first row in each stage of the step.
+        fresh: positions below were seen by an earlier step (before a preemption): edited again, not collected.
     """
 
     slot: int
     prompt: int
-    start: int
     length: int
-    fed: tuple[int, ...]
-    gen: int | None
+    first: int
+    fed: Sequence[int]
+    starts: tuple[int, ...]
+    fresh: int = 0
+
+    @property
+    def stop(self) -> int:
+        return self.first + len(self.fed)
 
 
 @dataclass(frozen=True, slots=True)
 class Picked:
-    """Rows of one selector in one step: flat indices [N], owner slots [N] and tags."""
+    """Rows of one selector in one step.
+
+    Attributes:
+        index: flat rows in the stage's tensor, int64 [N].
+        slots: owner of each row, int64 [N].
+        positions: absolute position of each row.
+        ranks: which of its prompt's selected rows each row is, counted from the first one of the prompt.
+    """
 
     index: torch.Tensor
     slots: torch.Tensor
-    tags: RowTags
+    positions: I64
+    ranks: I64
 
     @property
     def rows(self) -> int:
-        return int(self.index.shape[0])
+        return len(self.positions)
 
 
 @dataclass(slots=True)
 class Layout:
-    """The members of one group in one step, with resolved selectors cached by their text."""
+    """The members of one task in one step, with resolved selectors cached by their text."""
 
     members: tuple[Member, ...]
-    _picked: dict[str, Picked] = field(default_factory=dict)
+    _picked: dict[tuple[str, int], Picked] = field(default_factory=dict)
 
-    def pick(self, selection: Selection) -> Picked:
-        text = selection.selector.text
-        if text not in self._picked:
-            self._picked[text] = self._pick(selection)
-        return self._picked[text]
+    @property
+    def stale(self) -> bool:
+        """Whether some rows were collected before."""
+        return any(m.fresh > m.first for m in self.members)
 
-    def _pick(self, selection: Selection) -> Picked:
-        offsets = [_offsets(member, selection) for member in self.members]
-        index = np.concatenate([m.start + o for m, o in zip(self.members, offsets, strict=True)] or [_none()])
-        slots = np.concatenate(
-            [np.full(len(o), m.slot) for m, o in zip(self.members, offsets, strict=True)] or [_none()]
+    def pick(self, selection: Selection, stage: int = 0) -> Picked:
+        key = (selection.selector.text, stage)
+        if key not in self._picked:
+            self._picked[key] = self._pick(selection, stage)
+        return self._picked[key]
+
+    def _pick(self, selection: Selection, stage: int) -> Picked:
+        found = [selected(selection, m) for m in self.members]
+        index = [p - m.first + m.starts[stage] for p, m in zip(found, self.members, strict=True)]
+        ranks = [_ranks(selection.rows[m.prompt].prompt, p) for p, m in zip(found, self.members, strict=True)]
+        return Picked(
+            torch.from_numpy(np.concatenate(index)),
+            torch.from_numpy(np.repeat(np.arange(len(found)), [len(p) for p in found])),
+            np.concatenate(found),
+            np.concatenate(ranks),
         )
-        return Picked(torch.from_numpy(index), torch.from_numpy(slots), _tags(self.members, offsets))
+
+    def tags(self, picked: Picked) -> RowTags:
+        """Which token each picked row belongs to."""
+        members = [self.members[i] for i in picked.slots.tolist()]
+        pairs = list(zip(members, picked.positions.tolist(), strict=True))
+        return RowTags(
+            prompts=np.asarray([m.prompt for m in members], dtype=np.int64),
+            positions=picked.positions,
+            token_ids=np.asarray([m.fed[p - m.first] for m, p in pairs], dtype=np.int64),
+            phases=tuple("prompt" if p < m.length else "gen" for m, p in pairs),
+        )
+
+    def fresh(self, picked: Picked) -> I64 | None:
+        """Indices of the picked rows that no earlier step has collected; None for all of them."""
+        if not self.stale:
+            return None
+        floor = np.asarray([m.fresh for m in self.members])[picked.slots.numpy()]
+        return np.flatnonzero(picked.positions >= floor)
 
 
-def _none() -> I64:
-    return np.zeros(0, dtype=np.int64)
-
-
-def _offsets(member: Member, selection: Selection) -> I64:
-    """Row offsets of this member within the step."""
+def selected(selection: Selection, member: Member) -> I64:
+    """Absolute positions of a selector that this member feeds in this step, ascending."""
     rows = selection.rows[member.prompt]
-    if member.gen is None:
-        return np.arange(rows.prompt.start, rows.prompt.stop, dtype=np.int64)
-    return np.zeros(1 if member.gen in rows.gen else 0, dtype=np.int64)
+    if member.first >= member.length:
+        return _generated(rows.gen, member)
+    prompt = _within(rows.prompt, member.first, min(member.stop, member.length))
+    if member.stop <= member.length or not rows.gen:
+        return prompt
+    return np.concatenate([prompt, _generated(rows.gen, member)])
 
 
-def _tags(members: tuple[Member, ...], offsets: list[I64]) -> RowTags:
-    pairs = list(zip(members, offsets, strict=True))
-    first = [m.length + m.gen if m.gen is not None else 0 for m in members]
-    return RowTags(
-        prompts=np.concatenate([np.full(len(o), m.prompt, dtype=np.int64) for m, o in pairs] or [_none()]),
-        positions=np.concatenate([o + base for (_, o), base in zip(pairs, first, strict=True)] or [_none()]),
-        token_ids=np.concatenate([np.asarray(m.fed, dtype=np.int64)[o] for m, o in pairs] or [_none()]),
-        phases=tuple("gen" if m.gen is not None else "prompt" for m, o in pairs for _ in range(len(o))),
-    )
+def _within(rows: Sequence[int], first: int, stop: int) -> I64:
+    if isinstance(rows, range):
+        return np.arange(
+            max(rows.start, first), max(min(rows.stop, stop), max(rows.start, first)), dtype=np.int64
+        )
+    every = np.asarray(rows, dtype=np.int64)
+    return every[np.searchsorted(every, first) : np.searchsorted(every, stop)]
+
+
+def _generated(rows: range, member: Member) -> I64:
+    first = max(member.first, member.length + rows.start)
+    return np.arange(first, max(first, min(member.stop, member.length + rows.stop)), dtype=np.int64)
+
+
+def _ranks(rows: Sequence[int], positions: I64) -> I64:
+    """Where positions stand among the selected rows of their prompt (generated rows stand behind them all)."""
+    if isinstance(rows, range):
+        return positions - rows.start
+    return np.searchsorted(np.asarray(rows, dtype=np.int64), positions)

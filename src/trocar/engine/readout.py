@@ -1,6 +1,8 @@
-"""The model's own last norm and unembedding, applied to rows outside the forward pass.
+"""The model's own last norm and unembedding, applied to rows of all tasks of a step together.
 
-Weights are operands here and never results: what comes back is top-k, named tokens or a sampled id.
+Whoever wants logits asks for rows and says what to do with them; one pass over the unembedding serves every
+asker, and a row that several want is computed once. Weights are operands here and never results: what comes back
+is top-k, named tokens, a divergence or a sampled id.
 
 Shape letters: N rows, D d_model, V vocabulary, K top-k, M named tokens.
 """
@@ -8,7 +10,7 @@ Shape letters: N rows, D d_model, V vocabulary, K top-k, M named tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ import torch
 from trocar.engine.protocol import F32, I64
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
+Then = Callable[[slice, torch.Tensor], None]
 CHUNK_ROWS = 256
 
 
@@ -26,26 +29,75 @@ class Readout:
     norm: Rows
     head: Rows
 
-    def top(self, rows_ND: torch.Tensor, k: int, *, normed: bool) -> tuple[I64, F32]:
-        """Top-k next tokens of each row: ids int64 [N, K] and log-probabilities float32 [N, K]."""
-        ids, logprobs = [], []
-        for chunk_ND in torch.split(rows_ND, CHUNK_ROWS):
-            logprobs_NV = self.head(chunk_ND if normed else self.norm(chunk_ND)).log_softmax(-1)
-            best = logprobs_NV.topk(k, dim=-1)
-            ids.append(best.indices.numpy())
-            logprobs.append(best.values.numpy())
-        return np.concatenate(ids), np.concatenate(logprobs)
+    def logprobs(self, rows_ND: torch.Tensor, *, normed: bool) -> torch.Tensor:
+        """Next-token log-probabilities [N, V] of rows before or after the last norm."""
+        return self.head(rows_ND if normed else self.norm(rows_ND)).log_softmax(-1)
 
-    def named(self, final_ND: torch.Tensor, ids_NM: I64) -> F32:
-        """Log-probabilities float32 [N, M] of named next tokens, given rows after the final norm."""
-        out = []
-        ids = torch.from_numpy(ids_NM)
-        for chunk_ND, chunk_NM in zip(
-            torch.split(final_ND, CHUNK_ROWS), torch.split(ids, CHUNK_ROWS), strict=True
-        ):
-            out.append(self.head(chunk_ND).log_softmax(-1).gather(1, chunk_NM).numpy())
-        return np.concatenate(out)
 
-    def logits(self, final_ND: torch.Tensor) -> torch.Tensor:
-        """Next-token logits [N, V], for the sampler only."""
-        return self.head(final_ND)
+def top(logprobs_NV: torch.Tensor, k: int) -> tuple[I64, F32]:
+    """Top-k tokens: ids int64 [N, K] and log-probabilities float32 [N, K]."""
+    best = logprobs_NV.topk(k, dim=-1)
+    return best.indices.numpy(), best.values.numpy()
+
+
+def named(logprobs_NV: torch.Tensor, ids_NM: I64) -> F32:
+    """Log-probabilities float32 [N, M] of named tokens."""
+    found: F32 = logprobs_NV.gather(1, torch.from_numpy(ids_NM)).numpy()
+    return found
+
+
+@dataclass(slots=True)
+class Asks:
+    """What a step wants of the unembedding.
+
+    `final` asks name rows of the batch after the last norm; `loose` asks bring rows of their own. `guard` wraps what
+    an asker does with its rows, so that one that breaks fails alone.
+    """
+
+    readout: Readout
+    final_ND: torch.Tensor | None
+    guard: Callable[[Then], Then] = field(default=lambda then: then)
+    _final: list[tuple[torch.Tensor, Then]] = field(default_factory=list)
+    _loose: list[tuple[torch.Tensor, bool, Then]] = field(default_factory=list)
+
+    def final(self, index: torch.Tensor, then: Then) -> None:
+        """`then(rows, logits [n, V])` is called for slices of `index`."""
+        self._final.append((index, self.guard(then)))
+
+    def loose(self, rows_ND: torch.Tensor, normed: bool, then: Then) -> None:
+        self._loose.append((rows_ND, normed, self.guard(then)))
+
+    def serve(self) -> None:
+        self._serve_final()
+        self._serve_loose()
+
+    def _serve_final(self) -> None:
+        if not self._final or self.final_ND is None:
+            return
+        wanted, places = torch.unique(torch.cat([i for i, _ in self._final]), return_inverse=True)
+        bounds = np.cumsum([0, *(len(i) for i, _ in self._final)])
+        for first in range(0, len(wanted), CHUNK_ROWS):
+            logits_NV = self.readout.head(self.final_ND.index_select(0, wanted[first : first + CHUNK_ROWS]))
+            for (_, then), start, stop in zip(self._final, bounds[:-1], bounds[1:], strict=True):
+                _hand_out(then, places[start:stop], first, logits_NV)
+
+    def _serve_loose(self) -> None:
+        for normed in (True, False):
+            asks = [(rows, then) for rows, n, then in self._loose if n == normed]
+            if not asks:
+                continue
+            rows_ND = torch.cat([rows for rows, _ in asks])
+            bounds = np.cumsum([0, *(len(rows) for rows, _ in asks)])
+            for first in range(0, len(rows_ND), CHUNK_ROWS):
+                chunk_ND = rows_ND[first : first + CHUNK_ROWS]
+                logits_NV = self.readout.head(chunk_ND if normed else self.readout.norm(chunk_ND))
+                for (_, then), start, stop in zip(asks, bounds[:-1], bounds[1:], strict=True):
+                    _hand_out(then, torch.arange(start, stop), first, logits_NV)
+
+
+def _hand_out(then: Then, places: torch.Tensor, first: int, logits_NV: torch.Tensor) -> None:
+    """Gives one asker its rows of a chunk that starts at `first`; its places ascend."""
+    inside = (places >= first) & (places < first + len(logits_NV))
+    mine = inside.nonzero()[:, 0]
+    if len(mine):
+        then(slice(int(mine[0]), int(mine[-1]) + 1), logits_NV.index_select(0, places[mine] - first))
