@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from trocar.client.results import Plan, Results, Text
     from trocar.client.sync import Activations, Client, Job, Model
     from trocar.client.trace import Trace
+    from trocar.graph.builder import Sae
 
 __version__: Final = "0.1.0"
 _LAZY: Final = {
@@ -52,6 +53,7 @@ _LAZY: Final = {
     "Plan": "trocar.client.results",
     "Probe": "trocar.client.handles",
     "Results": "trocar.client.results",
+    "Sae": "trocar.graph.builder",
     "Text": "trocar.client.results",
     "Trace": "trocar.client.trace",
 }
@@ -78,6 +80,7 @@ __all__ = [
     "Refusal",
     "Results",
     "RunFailed",
+    "Sae",
     "ServerFault",
     "Text",
     "Trace",

@@ -46,7 +46,7 @@ TABLE: Final[tuple[Code, ...]] = (
     Code("bad_frame", "BadRequest", "The body is not a Trocar frame.",
          "Use trocar.wire.tensors.pack to make the frame."),
     Code("bad_tensor", "BadRequest", "A tensor in the frame is malformed.",
-         "Send dense float32 or float16 tensors of rank 1."),
+         "Send dense float32 or float16 arrays of one or two dimensions."),
     Code("duplicate_key", "BadRequest", "A JSON object names the same key twice.", "Keep one of the two keys."),
     Code("not_finite", "BadRequest", "A number is NaN or infinite.",
          "Replace it: check the vector with numpy.isfinite before sending."),

@@ -15,7 +15,7 @@ from trocar.client.results import Plan, Results, Text
 from trocar.client.settings import Settings
 from trocar.client.trace import Prompts, Recorded, Trace, is_single
 from trocar.client.transport import Transport
-from trocar.graph.builder import EditSpec, Position, SiteRows
+from trocar.graph.builder import EditSpec, Place, Position, SiteRows, selector
 from trocar.graph.facts import ModelFacts
 from trocar.graph.program import Generation
 from trocar.wire import requests as q
@@ -254,7 +254,9 @@ def capture_request(
     places = sites.unique(p for pattern in patterns for p in sites.expand(pattern, model.facts.n_layers))
     with model.trace(prompts) as t:
         t.apply(*edits)
-        t.save("activations", t.capture([SiteRows(t._recorder, place)[at] for place in places]))
+        t.save(
+            "activations", t.capture([SiteRows(t._recorder, Place(place, selector(at))) for place in places])
+        )
     recorded: Recorded = t.recorded
     return recorded
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trocar import errors
+from trocar import errors, strict
 from trocar.client.notebook import bytes_text, html_table, text_table
 from trocar.graph import ops
+from trocar.graph.builder import Position, indices, selector
 from trocar.graph.program import Node
 from trocar.plots import Line, Lines
 from trocar.sites import parse
@@ -17,13 +18,31 @@ from trocar.wire import results as r
 
 @dataclass(frozen=True, slots=True)
 class StoredRows:
-    """The stored rows of one site, aligned with prompts by index; usable as a value in an edit."""
+    """The stored rows of one site, aligned with prompts by index; usable as a value in an edit.
+
+    Attributes:
+        prompts: which stored prompt each prompt of the request gets; None for the one of the same index.
+        at: which of the stored rows of a prompt, counted over their order.
+    """
 
     handle: str
     site: str
+    prompts: tuple[int, ...] | None = None
+    at: str = "prompt[*]"
+
+    def rows(self, *, prompts: Sequence[int] | None = None, at: Position = "prompt[*]") -> StoredRows:
+        """Some of the stored rows: `clean["resid_post.14"].rows(prompts=[0, 0], at=-1)`.
+
+        Args:
+            prompts: a stored prompt for each prompt of the request, for example one for all.
+            at: index, slice or `prompt[...]` over the stored rows of a prompt.
+        """
+        return replace(self, prompts=indices(prompts, "prompts"), at=selector(at))
 
     def operand(self, node_id: str, site: str | None) -> tuple[Node, float]:
-        return ops.Stored(id=node_id, handle=self.handle, site=self.site), 1.0
+        fields = {} if self.prompts is None else {"prompts": self.prompts}
+        node = strict.make(ops.Stored, id=node_id, handle=self.handle, site=self.site, at=self.at, **fields)
+        return node, 1.0
 
 
 @dataclass(frozen=True, slots=True)

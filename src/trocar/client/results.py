@@ -325,10 +325,8 @@ class Results(Mapping[str, Any], Generic[H]):
     def __getitem__(self, name: str) -> Any:
         if name not in self._outputs:
             near = errors.closest(name, self._outputs)
-            raise KeyError(
-                f"no output {name!r}; there are {sorted(self._outputs)}"
-                + (f"; closest {near!r}" if near else "")
-            )
+            hint = f"; closest {near!r}" if near else ""
+            raise KeyError(f"no output {name!r}; there are {sorted(self._outputs)}{hint}")
         return self._outputs[name]
 
     def __iter__(self) -> Iterator[str]:

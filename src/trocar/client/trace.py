@@ -1,13 +1,14 @@
 """`with model.trace(prompts) as t:` records a program; `t.plan()` prices it, `t.run()` runs it.
 
-Attributes of a trace are the sites; methods are the outputs. Everything else is in `trocar.graph.builder`.
+Attributes of a trace are the sites; methods are the outputs and what has no operator (`where`, `sae`,
+`knockout`, `stop_after`). Operators are in `trocar.graph.builder_expr`, sites in `builder_sites`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Literal, Protocol, Self, SupportsIndex, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +19,14 @@ from trocar.graph.builder import (
     EditSpec,
     Expr,
     Held,
+    Place,
     Position,
     Recorder,
+    Sae,
     SiteFamily,
     SiteProxy,
     SiteRows,
+    indices,
     selector,
     vectors_of,
 )
@@ -95,7 +99,7 @@ class Trace(Generic[PlanT, JobT]):
             return
         if isinstance(self._recorder.at_site(name), SiteProxy):
             raise errors.refuse("bad_argument", name, f"t.{name} needs a layer: t.{name}[12] = ...")
-        self._recorder.assign(name, "all", value)
+        self._recorder.assign(Place(sites.Site(name)), value)
 
     def __dir__(self) -> Iterable[str]:
         return [*object.__dir__(self), *self._model.sites]
@@ -107,9 +111,44 @@ class Trace(Generic[PlanT, JobT]):
         for edit in edits:
             self._recorder.apply(edit)
 
+    def knockout(
+        self, layers: Any, *, at: Position = "prompt[-1]", keys: Position, heads: Any = None
+    ) -> None:
+        """Cuts attention edges (Geva et al. 2023): the queries `at` give nothing to the `keys`.
+
+        Args:
+            layers: one layer, a slice or several.
+            at: selector, index or slice of the queries.
+            keys: of the prompt tokens cut off.
+            heads: one index, several, or None for all.
+        """
+        proxy = SiteProxy(self._recorder, "attn_probs")
+        fields = {"keys": selector(keys)}
+        for place in proxy.places(layers):
+            spec = EditSpec(
+                "edit.knockout", str(place), selector(at), heads=indices(heads, "heads"), fields=fields
+            )
+            self._recorder.apply(spec)
+
+    # ---- values and control ----
+
     def vector(self, value: Any, site: str | None = None) -> Expr:
-        """A constant: float array [width], a fitted direction or stored rows."""
-        return Expr(self._recorder, self._recorder.value(value, site))
+        """A constant: float array [width], a matrix [rows, columns], a fitted direction or stored rows."""
+        return self._recorder.constant(value, site)
+
+    def where(self, cond: Expr, a: Any, b: Any) -> Expr:
+        """Row by row: `a` where the mask is true, `b` where it is false."""
+        value = self._recorder.value
+        return self._recorder.emit(ops.Where, cond=value(cond), a=value(a), b=value(b))
+
+    def sae(self, dictionary: Sae | None = None, **arrays: Any) -> Expr:
+        """A sparse autoencoder: a `trocar.Sae`, or its arrays by name (w_enc, b_enc, w_dec, b_dec, ...)."""
+        return self._recorder.constant(Sae(**arrays) if dictionary is None else dictionary)
+
+    def stop_after(self, layer: SupportsIndex) -> None:
+        """Layers after this one are not computed; what would need them is refused. -1 is the last."""
+        place = SiteProxy(self._recorder, "resid_post").place(layer)
+        self._recorder.emit(ops.StopAfter, layer=place.layer)
 
     # ---- outputs ----
 
@@ -125,7 +164,7 @@ class Trace(Generic[PlanT, JobT]):
         return Saved(ops.Logprobs, {"at": selector(at), "tokens": fixed})
 
     def score(self, of: Expr, probe: Held | None = None) -> Saved:
-        """One number per row: a dot product, or a fitted probe's logit on the rows of its site."""
+        """One number per row: numbers, a mask, or a fitted probe's logit on the rows of its site."""
         if probe is None:
             return Saved(ops.Score, {"of": of.id})
         site = of.site if isinstance(of, SiteRows) else None
@@ -134,10 +173,44 @@ class Trace(Generic[PlanT, JobT]):
             raise errors.refuse("bad_argument", "probe", f"{probe!r} is not a fitted probe")
         return Saved(ops.Score, {"of": of.id, "probe": node.handle, "site": node.site})
 
-    def capture(self, of: SiteRows | SiteFamily | Sequence[SiteRows]) -> Saved:
-        """Writes rows to the store; the result is a handle."""
+    def capture(
+        self,
+        of: SiteRows | SiteFamily | Sequence[SiteRows],
+        *,
+        reduce: Literal["none", "mean"] = "none",
+    ) -> Saved:
+        """Writes rows to the store, or their mean over each prompt's tokens; the result is a handle."""
         rows = [of] if isinstance(of, Expr) else list(of)
-        return Saved(ops.Capture, {"of": tuple(x.id for x in rows)})
+        return Saved(ops.Capture, {"of": tuple(x.id for x in rows), "reduce": reduce})
+
+    def logit_diff(self, first: Any, second: Any, *, at: Position = -1) -> Saved:
+        """Logit of the first token minus that of the second, per prompt; tokens, or one token per prompt."""
+        several = [isinstance(x, list | tuple) for x in (first, second)]
+        if any(several) and not all(several):
+            raise errors.refuse(
+                "bad_argument", "second", "one side is a list of tokens and the other is one token"
+            )
+        if all(several) and len(first) != len(second):
+            raise errors.refuse(
+                "bad_argument", "second", f"{len(first)} first tokens and {len(second)} second"
+            )
+        pairs = tuple(zip(first, second, strict=True)) if all(several) else (first, second)
+        return Saved(ops.Metric, {"metric": "logit_diff", "at": selector(at), "tokens": pairs})
+
+    def cross_entropy(self, *, at: Position = "prompt[:-1]") -> Saved:
+        """Minus the log-probability (nats) of the token that follows, the mean over the tokens of each prompt."""
+        return Saved(ops.Metric, {"metric": "cross_entropy", "at": selector(at)})
+
+    def kl(self, to: Any, *, at: Position = -1) -> Saved:
+        """KL(p || q) in nats: q is the model's next-token distribution at `at`, p that of rows `to` of final_norm."""
+        ref = self._recorder.value(to, "final_norm")
+        return Saved(ops.Metric, {"metric": "kl", "at": selector(at), "to": ref})
+
+    def pattern(self, of: Expr) -> Saved:
+        """Attention probabilities of `t.attn_probs[layer].read(...)`."""
+        if not isinstance(of, Expr):
+            raise errors.refuse("bad_argument", "of", f"{of!r} is not a read; use .read(at=, keys=, heads=)")
+        return Saved(ops.Pattern, {"of": of.id})
 
     def text(self) -> Saved:
         """The generated text."""
@@ -182,7 +255,7 @@ class Trace(Generic[PlanT, JobT]):
             program=program,
             generation=self._generation,
         )
-        vectors = {k: as_vector(k, v) for k, v in vectors_of(self._recorder, program).items()}
+        vectors = {k: as_array(k, v) for k, v in vectors_of(self._recorder, program).items()}
         return Recorded(request, vectors)
 
     def plan(self) -> PlanT:
@@ -200,7 +273,7 @@ class Trace(Generic[PlanT, JobT]):
 
 
 def _fields(node: Any) -> str:
-    return "  ".join(f"{k}={v!r}" for k, v in node if k not in ("id", "op"))[:90]
+    return "  ".join(f"{k}={v!r}" for k, v in node if k not in ("id", "op") and v is not None)[:90]
 
 
 def prompt_tuple(prompts: Prompts) -> tuple[Prompt, ...]:
@@ -228,20 +301,22 @@ def _prompt(prompt: Any) -> Prompt:
     return tuple(int(i) for i in prompt)
 
 
-def as_vector(name: str, value: Any) -> npt.NDArray[np.float32]:
-    """A local array as float32 [width].
+def as_array(name: str, value: Any) -> npt.NDArray[np.float32]:
+    """A local array as float32 [width], or as a matrix [rows, columns].
 
     Raises:
-        ClientError: `bad_argument` if it is not a rank-1 array of numbers.
+        ClientError: `bad_argument` if it is not an array of numbers with one or two dimensions.
     """
     detached = value.detach().cpu() if hasattr(value, "detach") else value
     try:
-        vector = np.asarray(detached, dtype=np.float32)
+        array = np.asarray(detached, dtype=np.float32)
     except (TypeError, ValueError) as e:
         raise errors.refuse("bad_argument", name, f"not an array of numbers: {e}") from None
-    if vector.ndim != 1:
-        raise errors.refuse("bad_argument", name, f"shape {vector.shape}; a vector has shape [width]")
-    return vector
+    if array.ndim not in (1, 2):
+        raise errors.refuse(
+            "bad_argument", name, f"shape {array.shape}; a vector has shape [width], a matrix [rows, columns]"
+        )
+    return array
 
 
 def place(site: str, model: ModelFacts) -> sites.Site:

@@ -1,12 +1,11 @@
 """The nodes of a program: what a researcher may say. Frozen data, nothing executable.
 
-Every node has an `id`; operands name earlier nodes by id, so a cycle cannot be written. Nodes carry only
-what crosses the network; what is legal and what it costs stands in `spec`. Docstrings here are the reference:
-they are shown to users, and say exactly what is computed.
+Every node has an `id`; operands name earlier nodes by id, so a cycle cannot be written. What is legal and what it
+costs stands in `spec`. Docstrings here are the reference that users see, and say exactly what is computed.
 
-Kinds of values: a `vector` [D] is one for the whole request, `per_prompt` [D] one per prompt, `rows` [D] one
-per selected token. `scalars` and `mask` are one number, or one truth value, per selected token;
-`prompt_scalars` and `prompt_mask` one per prompt. `matrix` and `dictionary` are constants.
+Kinds of values: a `vector` [D] is one for the request, `per_prompt` [D] one per prompt, `rows` [D] one per token that
+is selected. `scalars` and `mask` are one number, or one truth value, per selected token; `prompt_scalars` and
+`prompt_mask` one per prompt. `matrix` and `dictionary` are constants.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ HandleText = Annotated[
 Real = Annotated[float, Field(ge=-1e6, le=1e6)]
 Token = int | Annotated[str, Field(min_length=1, max_length=200)]
 Tokens = Annotated[tuple[Token, ...], Field(min_length=1, max_length=20, fail_fast=True)]
+TokenLists = Tokens | Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=4096, fail_fast=True)]
 Refs = Annotated[tuple[Ref, ...], Field(min_length=1, max_length=512, fail_fast=True)]
 TensorName = Annotated[str, Field(min_length=1, max_length=64)]
 Index = Annotated[int, Field(ge=0, le=2**24)]
@@ -43,15 +43,21 @@ class Node(Strict):
     id: Id
 
 
-# ---- reads and constants ----
+class Pair(Node):
+    a: Ref
+    b: Ref
+
+
+class Comparison(Node):
+    a: Ref
+    b: Real | Ref
 
 
 class Read(Node):
-    """The rows of a site: after the edits of that site that stand before it in the list, and after every
-    edit of an earlier site, wherever that stands. `heads` keeps those heads of q, k, v or z (key/value heads
-    for k and v); `neurons` keeps those columns of mlp_act. At attn_probs, a row is one query's attention: the
-    probabilities on the `keys` (a selector of prompt tokens that selects equally many in every prompt) for
-    each head, heads outermost."""
+    """The rows of a site: after the edits of that site that stand before it in the list, and after every edit of an
+    earlier site, wherever that stands. `heads` keeps those heads of q, k, v or z (key/value heads for k and v);
+    `neurons` keeps those columns of mlp_act. At attn_probs, a row is one query's attention: the probabilities on the
+    `keys` (a selector of prompt tokens that selects equally many in every prompt) for each head, heads outermost."""
 
     op: Literal["read"] = "read"
     site: SiteText
@@ -78,8 +84,8 @@ class Vector(Node):
 
 
 class Stored(Node):
-    """Rows captured before. Prompt i of this request gets the rows of stored prompt i, or of `prompts[i]`
-    where given; `at` selects among the stored rows of a prompt, as `prompt[...]` over their order."""
+    """Rows captured before. Prompt i of this request gets the rows of stored prompt i, or of `prompts[i]` where given;
+    `at` selects among the stored rows of a prompt, as `prompt[...]` over their order."""
 
     op: Literal["stored"] = "stored"
     handle: HandleText
@@ -89,10 +95,10 @@ class Stored(Node):
 
 
 class Sae(Node):
-    """A sparse autoencoder from arrays that the request carries: f = act((h - b_dec) W_enc + b_enc) and
-    h' = f W_dec + b_dec, with w_enc [D, F], b_enc [F], w_dec [F, D], b_dec [D]. Without `center` the input is h
-    itself. `activation`: relu, topk (keeps the k largest of each row, after a relu) or jumprelu (keeps what is
-    above threshold [F]) (Cunningham et al. 2023; Gao et al. 2024; Rajamanoharan et al. 2024)."""
+    """A sparse autoencoder from arrays that the request carries: f = act((h - b_dec) W_enc + b_enc) and h' = f W_dec +
+    b_dec, with w_enc [D, F], b_enc [F], w_dec [F, D], b_dec [D]. Without `center` the input is h itself. `activation`:
+    relu, topk (keeps the k largest of each row, after a relu) or jumprelu (keeps what is above threshold [F])
+    (Cunningham et al. 2023; Gao et al. 2024; Rajamanoharan et al. 2024)."""
 
     op: Literal["sae"] = "sae"
     w_enc: TensorName
@@ -105,23 +111,16 @@ class Sae(Node):
     center: bool = True
 
 
-# ---- arithmetic ----
-
-
-class Add(Node):
+class Add(Pair):
     """a + b, row by row."""
 
     op: Literal["add"] = "add"
-    a: Ref
-    b: Ref
 
 
-class Sub(Node):
+class Sub(Pair):
     """a - b, row by row."""
 
     op: Literal["sub"] = "sub"
-    a: Ref
-    b: Ref
 
 
 class Scale(Node):
@@ -132,20 +131,16 @@ class Scale(Node):
     by: Real | Ref
 
 
-class Dot(Node):
+class Dot(Pair):
     """The inner product of rows with a vector or with other rows: one number per row."""
 
     op: Literal["dot"] = "dot"
-    a: Ref
-    b: Ref
 
 
-class MatMul(Node):
+class MatMul(Pair):
     """Rows [D] times a matrix [D, R] that the request carries: rows [R], R at most 64."""
 
     op: Literal["matmul"] = "matmul"
-    a: Ref
-    b: Ref
 
 
 class Norm(Node):
@@ -178,8 +173,7 @@ class TopK(Node):
 
 
 class Mean(Node):
-    """The mean over the selected positions of each prompt (one row per prompt), or, with over="width", over
-    the numbers of each row (one number per row)."""
+    """The mean over the selected positions of each prompt, or with over="width" over the numbers of each row."""
 
     op: Literal["mean"] = "mean"
     of: Ref
@@ -194,44 +188,34 @@ class Encode(Node):
     sae: Ref
 
 
-class Eq(Node):
+class Eq(Comparison):
     """a == b, number by number of scalars: a mask."""
 
     op: Literal["eq"] = "eq"
-    a: Ref
-    b: Real | Ref
 
 
-class Gt(Node):
+class Gt(Comparison):
     """a > b, number by number of scalars: a mask."""
 
     op: Literal["gt"] = "gt"
-    a: Ref
-    b: Real | Ref
 
 
-class Lt(Node):
+class Lt(Comparison):
     """a < b, number by number of scalars: a mask."""
 
     op: Literal["lt"] = "lt"
-    a: Ref
-    b: Real | Ref
 
 
-class And(Node):
+class And(Pair):
     """Both masks."""
 
     op: Literal["and"] = "and"
-    a: Ref
-    b: Ref
 
 
-class Or(Node):
+class Or(Pair):
     """Either mask."""
 
     op: Literal["or"] = "or"
-    a: Ref
-    b: Ref
 
 
 class Not(Node):
@@ -250,13 +234,10 @@ class Where(Node):
     b: Ref
 
 
-# ---- edits ----
-
-
 class Edit(Node):
     """h' = h + gate * (f(h) - h) at the selected rows; without a gate h' = f(h). A gate is a mask, or numbers, for the
-    same rows, or one per prompt. `heads` restricts the edit to those heads of q, k, v or z, `neurons` to those
-    columns of mlp_act; a value then has their width."""
+    same rows, or one per prompt. `heads` restricts the edit to those heads of q, k, v or z, `neurons` to those columns
+    of mlp_act; a value then has their width."""
 
     site: SiteText
     at: At = "all"
@@ -266,8 +247,8 @@ class Edit(Node):
 
 
 class EditAdd(Edit):
-    """h + coef * value at the selected rows. With unit="site_norm" the value is first made a unit vector, and
-    coef counts in mean norms of the site's rows (measured at load)."""
+    """h + coef * value at the selected rows. With unit="site_norm" the value is first made a unit vector, and coef
+    counts in mean norms of the site's rows (measured at load)."""
 
     op: Literal["edit.add"] = "edit.add"
     value: Ref
@@ -297,8 +278,8 @@ class EditProjectOut(Edit):
 
 
 class EditAffine(Edit):
-    """h + (h D + inner) U + bias at the selected rows, with `down` D [D, r], `up` U [r, D], `inner` [r] and
-    `bias` [D]; r at most 64 (a low-rank edit as in LoReFT, Wu et al. 2024)."""
+    """h + (h D + inner) U + bias at the selected rows, with `down` D [D, r], `up` U [r, D], `inner` [r] and `bias`
+    [D]; r at most 64 (a low-rank edit as in LoReFT, Wu et al. 2024)."""
 
     op: Literal["edit.affine"] = "edit.affine"
     down: Ref
@@ -308,8 +289,8 @@ class EditAffine(Edit):
 
 
 class EditClamp(Edit):
-    """The component along `value` (made a unit vector) is kept within [low, high] at the selected rows; the rest of the
-    row stays. With unit="site_norm" the bounds count in mean norms of the site's rows."""
+    """The component along `value` (made a unit vector) is kept within [low, high] at the selected rows; the rest of
+    the row stays. With unit="site_norm" the bounds count in mean norms of the site's rows."""
 
     op: Literal["edit.clamp"] = "edit.clamp"
     value: Ref
@@ -337,9 +318,8 @@ class EditSae(Edit):
 
 
 class EditKnockout(Node):
-    """Cuts attention edges: at attn_probs, the queries `at` give no attention to the `keys` (prompt tokens) in
-    the named heads (all without `heads`), and the rest of the pattern is renormalised (attention knockout, Geva
-    et al. 2023)."""
+    """Cuts attention edges: at attn_probs, the queries `at` give no attention to the `keys` (prompt tokens) in the
+    named heads (all without `heads`), and the rest of the pattern is renormalised (Geva et al. 2023)."""
 
     op: Literal["edit.knockout"] = "edit.knockout"
     site: SiteText
@@ -348,12 +328,8 @@ class EditKnockout(Node):
     heads: Heads | None = None
 
 
-# ---- outputs ----
-
-
 class Capture(Node):
-    """Writes the rows to the store, or with reduce="mean" their mean over the selected positions of each prompt;
-    what comes back is a handle."""
+    """Stores the rows, or with reduce="mean" their mean over the selected positions of each prompt: gives a handle."""
 
     op: Literal["capture"] = "capture"
     of: Refs
@@ -373,7 +349,7 @@ class Logprobs(Node):
 
     op: Literal["logprobs"] = "logprobs"
     at: At = "prompt[-1]"
-    tokens: Tokens | Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=4096, fail_fast=True)]
+    tokens: TokenLists
 
 
 class Score(Node):
@@ -386,17 +362,15 @@ class Score(Node):
 
 
 class Metric(Node):
-    """One number per prompt, the mean over its selected rows. `logit_diff`: the logit of the first token minus that
-    of the second, `tokens` being one pair or one pair per prompt. `cross_entropy`: minus the log-probability
-    (nats) of the prompt token that follows. `kl`: the divergence KL(p || q) in nats of the model's next-token
-    distribution q from the one p that rows `to` (of final_norm) give."""
+    """One number per prompt, the mean over its selected rows. `logit_diff`: the logit of the first token minus that of
+    the second, `tokens` being one pair or one pair per prompt. `cross_entropy`: minus the log-probability (nats) of
+    the prompt token that follows. `kl`: the divergence KL(p || q) in nats of the model's next-token distribution q
+    from the one p that rows `to` (of final_norm) give."""
 
     op: Literal["metric"] = "metric"
     metric: Literal["logit_diff", "cross_entropy", "kl"]
     at: At = "prompt[-1]"
-    tokens: (
-        Tokens | Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=4096, fail_fast=True)] | None
-    ) = None
+    tokens: TokenLists | None = None
     to: Ref | None = None
 
 
@@ -411,9 +385,6 @@ class Text(Node):
     """The generated text and its tokens."""
 
     op: Literal["text"] = "text"
-
-
-# ---- control ----
 
 
 class StopAfter(Node):

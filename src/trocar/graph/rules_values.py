@@ -187,6 +187,12 @@ def _stored_rows(
     return rows
 
 
+def arrays(node: ops.Sae) -> dict[str, str]:
+    """Names of a dictionary's tensors, by field."""
+    named = {f: getattr(node, f) for f in ("w_enc", "b_enc", "w_dec", "b_dec", "threshold")}
+    return {field: name for field, name in named.items() if name is not None}
+
+
 def sae(node: ops.Sae, walk: Walk, path: str) -> Value:
     enc = _shape(node.w_enc, walk, f"{path}.w_enc")
     if len(enc) != 2:
@@ -194,11 +200,9 @@ def sae(node: ops.Sae, walk: Walk, path: str) -> Value:
             "width_mismatch", f"{path}.w_enc", f"{node.w_enc!r} has shape {list(enc)}; w_enc is [D, F]"
         )
     d, f = enc
-    wanted = {"b_enc": (f,), "w_dec": (f, d), "b_dec": (d,)}
-    if node.threshold is not None:
-        wanted["threshold"] = (f,)
-    for field, shape in wanted.items():
-        name = getattr(node, field)
+    wanted = {"w_enc": (d, f), "b_enc": (f,), "w_dec": (f, d), "b_dec": (d,), "threshold": (f,)}
+    for field, name in arrays(node).items():
+        shape = wanted[field]
         given = _shape(name, walk, f"{path}.{field}")
         if given != shape:
             raise errors.refuse(

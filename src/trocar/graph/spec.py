@@ -144,6 +144,7 @@ _TABLE: Final = (*_READS, *_ARITHMETIC, *_EDITS, *_OUTPUTS, *_CONTROL)
 SPEC: Final[dict[str, OpSpec]] = {row.op: row for row in _TABLE}
 EDITS: Final = frozenset(row.op for row in _TABLE if row.group == "edit")
 OUTPUTS: Final = frozenset(row.op for row in _TABLE if row.group == "output")
+CONTROLS: Final = frozenset(row.op for row in _TABLE if row.group == "control")
 
 
 def field_names() -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from trocar.graph.cost import Prices
 from trocar.graph.facts import HandleFacts, ModelFacts
 from trocar.graph.positions import NO_MARKS, Marks
 from trocar.graph.program import Program, canonical
+from trocar.graph.rules_values import arrays
 from trocar.graph.scope import Scope
 from trocar.models.load import Loaded
 from trocar.store import Reader, Store
@@ -155,11 +156,14 @@ def handle_facts(handle: str, store: Store, owner: str) -> HandleFacts:
 
 
 def vector_values(prepared: Prepared, store: Store, owner: str) -> dict[str, F32]:
-    """Float32 [width] of every `tensor` and `vector` node."""
+    """Float32 [width] or [rows, columns] of every `tensor` and `vector` node; arrays of an `sae` node under
+    `id.w_enc` and so on."""
     out: dict[str, F32] = {}
     for node in prepared.checked.program.nodes:
         if isinstance(node, ops.Tensor):
             out[node.id] = prepared.vectors[node.name]
+        elif isinstance(node, ops.Sae):
+            out |= {f"{node.id}.{field}": prepared.vectors[name] for field, name in arrays(node).items()}
         elif isinstance(node, ops.Vector):
             out[node.id] = (
                 store.open_artifact(owner, node.handle).arrays[node.site][node.part].astype(np.float32)

@@ -2,8 +2,8 @@
 
     b"TRCR" | version u8 | json length u32 big-endian | json | safetensors
 
-A request without vectors is plain JSON. Frames carry at most `MAX_TENSORS` dense rank-1 float vectors; every
-other dtype, rank, NaN or infinity is refused. Nothing here can execute, and nothing is compressed.
+A request without arrays is plain JSON. Frames carry at most `MAX_TENSORS` dense float vectors and matrices;
+every other dtype, rank, NaN or infinity is refused. Nothing here can execute, and nothing is compressed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Vectors = Mapping[str, npt.NDArray[np.float32]]
 
 
 def pack(body: bytes, vectors: Vectors) -> bytes:
-    """Makes a frame of UTF-8 JSON and named float32 vectors `[width]`.
+    """Makes a frame of UTF-8 JSON and named float32 arrays, `[width]` or `[rows, columns]`.
 
     Raises:
         BadRequest: `bad_tensor` or `not_finite`, with the vector's name.
@@ -43,7 +43,7 @@ def pack(body: bytes, vectors: Vectors) -> bytes:
 
 
 def unpack(frame: bytes) -> tuple[bytes, dict[str, npt.NDArray[np.float32]]]:
-    """Splits a frame into its JSON bytes and its vectors (float32, `[width]`).
+    """Splits a frame into its JSON bytes and its arrays (float32, `[width]` or `[rows, columns]`).
 
     Raises:
         BadRequest: `bad_frame`, `bad_tensor`, `not_finite` or `too_large`.
@@ -101,14 +101,16 @@ def _header(raw: bytes) -> dict[str, Any]:
 
 def _check_vector(name: str, vector: npt.NDArray[Any]) -> None:
     path = f"tensors.{name[:64]}"
-    if vector.ndim != 1 or not 0 < vector.shape[0] <= MAX_WIDTH or vector.dtype.kind != "f":
+    sizes_fit = all(0 < n <= MAX_WIDTH for n in vector.shape)
+    if vector.ndim not in (1, 2) or not sizes_fit or vector.dtype.kind != "f":
         raise errors.refuse(
             "bad_tensor", path, f"{name[:64]!r} has shape {vector.shape} and dtype {vector.dtype}"
         )
     finite = np.isfinite(vector)
     if not finite.all():
-        where = int(np.flatnonzero(~finite)[0])
-        raise errors.refuse("not_finite", path, f"{name[:64]!r} is {vector[where]} at index {where}")
+        where = tuple(int(i) for i in np.argwhere(~finite)[0])
+        index = where[0] if len(where) == 1 else list(where)
+        raise errors.refuse("not_finite", path, f"{name[:64]!r} is {vector[where]} at index {index}")
     largest = float(np.abs(vector).max())
     if largest > MAX_ABS:
         raise errors.refuse(

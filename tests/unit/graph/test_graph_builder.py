@@ -13,6 +13,7 @@ from trocar import errors, strict
 from trocar.graph import builder, check, ops
 from trocar.graph.builder import EditSpec, Expr, Recorder, SiteRows, selector
 from trocar.graph.program import Node
+from trocar.sites import Site
 
 ONES = np.ones(8, dtype=np.float32)
 
@@ -28,7 +29,7 @@ class T:
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.r.at_site(name)
-        self.r.assign(name, "all", value)
+        self.r.assign(builder.Place(Site(name)), value)
 
     def lens(self, *rows: Expr, name: str = "out") -> None:
         self.r.output(name, ops.Lens, of=tuple(x.id for x in rows))
@@ -47,11 +48,7 @@ UNSAID = (("coef", 1.0), ("top_k", 5), ("unit", "absolute"), ("over", "positions
 
 
 def _plain(node: Node, places: dict[str, int]) -> dict[str, Any]:
-    out = {
-        k: v
-        for k, v in node.model_dump().items()
-        if k != "id" and v is not None and (k, v) not in UNSAID
-    }
+    out = {k: v for k, v in node.model_dump().items() if k != "id" and v is not None and (k, v) not in UNSAID}
     for name in ("a", "b", "of", "value"):
         if isinstance(out.get(name), str):
             out[name] = places.get(out[name], out[name])

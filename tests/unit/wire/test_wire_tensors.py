@@ -86,7 +86,8 @@ CASES: list[tuple[str, bytes, str]] = [
     ("dtype that is a list", frame({"v": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, four()), "bad_tensor"),
     ("no shape", frame({"v": {"dtype": "F32"}}, four()), "bad_tensor"),
     ("rank 0", frame({"v": entry("F32", [], 0, 4)}, four()), "bad_tensor"),
-    ("rank 2", frame({"v": entry("F32", [1, 1], 0, 4)}, four()), "bad_tensor"),
+    ("rank 3", frame({"v": entry("F32", [1, 1, 1], 0, 4)}, four()), "bad_tensor"),
+    ("a matrix without rows", frame({"v": entry("F32", [0, 1], 0, 0)}), "bad_tensor"),
     ("zero size", frame({"v": entry("F32", [0], 0, 0)}), "bad_tensor"),
     ("2^40 wide", frame({"v": entry("F32", [BIG], 0, 4)}, four()), "bad_tensor"),
     ("an overflow of the product", frame({"v": entry("F32", [BIG, BIG, BIG], 0, 4)}, four()), "bad_tensor"),
@@ -124,10 +125,19 @@ def test_refusals_name_vector_value_and_index() -> None:
             work()
         assert caught.value.path == "tensors.steer"
         assert "'steer' is nan at index 2" in caught.value.reason
+    with pytest.raises(errors.BadRequest, match=r"'steer' is nan at index \[0, 2\]"):
+        tensors.pack(b"", {"steer": bad[None]})
+
+
+def test_a_matrix_travels() -> None:
+    matrix = np.arange(6, dtype=np.float32).reshape(2, 3)
+    body, arrays = tensors.unpack(tensors.pack(b"{}", {"m": matrix.T}))
+    assert body == b"{}"
+    assert arrays["m"].tolist() == matrix.T.tolist()
 
 
 @pytest.mark.parametrize(
-    "vector", [np.ones((2, 2), np.float32), np.ones(3, np.int64), np.ones(0, np.float32), np.ones(3, np.complex64), np.array(1.0), np.array(["a"])]
+    "vector", [np.ones((2, 2, 2), np.float32), np.ones((2, 0), np.float32), np.ones(3, np.int64), np.ones(0, np.float32), np.ones(3, np.complex64), np.array(1.0), np.array(["a"])]
 )  # fmt: skip
 def test_what_is_no_vector_is_not_packed(vector: Any) -> None:
     with pytest.raises(errors.BadRequest) as caught:
