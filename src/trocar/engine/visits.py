@@ -25,7 +25,6 @@ from trocar.graph import ops
 from trocar.sites import Site
 
 PATTERN: Final = "attn_probs"
-Visitor = Callable[[torch.Tensor], torch.Tensor | None]
 
 
 def visitors(steps: Sequence[Step], stage_of: Callable[[Site], int]) -> Mapping[Site, Visitor]:
@@ -34,30 +33,53 @@ def visitors(steps: Sequence[Step], stage_of: Callable[[Site], int]) -> Mapping[
     for step in steps:
         for site, nodes in step.run.by_site.items():
             stage = stage_of(site)
-            if site.name == PATTERN or (step.leader is not None and stage < step.parted):
+            led = step.leader is not None and stage < step.parted
+            if site.name == PATTERN or led or not _computed(step, site):
                 continue
             active = [n for n in nodes if step.pick(n.at, stage).rows]
             if active:
                 table.setdefault(site, []).append((step, active))
-    return {site: _visitor(entries, stage_of(site)) for site, entries in table.items()}
+    return {site: Visitor(entries, stage_of(site)) for site, entries in table.items()}
 
 
-def _visitor(entries: list[tuple[Step, list[SiteNode]]], stage: int) -> Visitor:
-    def visit(x_BTD: torch.Tensor) -> None:
-        live_ND = x_BTD[0]
-        for wave in zip_longest(*(nodes for _, nodes in entries)):
-            writes = []
-            for (step, _), node in zip(entries, wave, strict=True):
-                if node is None or step.run.failed is not None:
-                    continue
-                if isinstance(node, ops.Read):
-                    _read(step, node, live_ND, stage)
-                else:
-                    writes.append(Write(step, node, step.pick(node.at, stage)))
+class Visitor:
+    """Every task's nodes at one site, in one stage's rows."""
+
+    def __init__(self, entries: list[tuple[Step, list[SiteNode]]], stage: int) -> None:
+        self._entries = entries
+        self._stage = stage
+        self._waves = list(zip_longest(*(nodes for _, nodes in entries)))
+
+    def __call__(self, x_BTD: torch.Tensor) -> torch.Tensor | None:
+        """Returns a written copy of the rows [1, N, D], None when nothing was written."""
+        live_BTD, written = x_BTD, False
+        for wave in self._waves:
+            writes = self._wave(wave, live_BTD[0])
+            if writes and not written:
+                live_BTD, written = x_BTD.clone(), True
             if writes:
-                apply(writes, live_ND)
+                apply(writes, live_BTD[0])
+        return live_BTD if written else None
 
-    return visit
+    def _wave(self, wave: tuple[SiteNode | None, ...], live_ND: torch.Tensor) -> list[Write]:
+        """Carries out the reads, and gives the edits."""
+        writes = []
+        for (step, _), node in zip(self._entries, wave, strict=True):
+            if node is None or step.run.failed is not None:
+                continue
+            if isinstance(node, ops.Read):
+                _read(step, node, live_ND, self._stage)
+            else:
+                writes.append(Write(step, node, step.pick(node.at, self._stage)))
+        return writes
+
+
+def _computed(step: Step, site: Site) -> bool:
+    """Whether the task's rows get that far; what nobody needs is not computed, and not read."""
+    checked = step.run.task.checked
+    if site.layer is not None:
+        return site.layer < checked.depth
+    return site.spec.phase == 0 or checked.needs_final
 
 
 def _read(step: Step, node: ops.Read, live_ND: torch.Tensor, stage: int) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from trocar.engine import executor
-from trocar.engine.hf import batch
+from trocar.engine import visits
+from trocar.engine.hf import step as step_room
 from trocar.engine.hf.engine import HFEngine, Limits
 from trocar.engine.protocol import Task
 from trocar.errors import Overloaded, RunFailed, ServerFault, TrocarError
@@ -78,16 +78,17 @@ class Pause:
     def __init__(self, patch: pytest.MonkeyPatch, step: int) -> None:
         self.reached, self.go = threading.Event(), threading.Event()
         self.sequences: list[int] = []
-        plain = batch.Batch._next
+        plain = step_room.Pass.run
 
-        def paused(this: batch.Batch) -> None:
-            self.sequences.append(len(this._alive))
-            if len(self.sequences) == step:
-                self.reached.set()
-                self.go.wait(WAIT_S)
+        def paused(this: step_room.Pass) -> None:
+            if all(c.sequence.decoding for c in this.chunks):
+                self.sequences.append(len(this.chunks))
+                if len(self.sequences) == step:
+                    self.reached.set()
+                    self.go.wait(WAIT_S)
             plain(this)
 
-        patch.setattr(batch.Batch, "_next", paused)
+        patch.setattr(step_room.Pass, "run", paused)
 
 
 def test_cancelling_while_it_runs_ends_at_the_next_token(
@@ -126,16 +127,16 @@ def test_closing_stops_a_generation_at_the_next_token(tiny: Any, monkeypatch: py
 
 def test_an_edit_never_writes_into_the_live_tensor(engine: HFEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another module may hold that tensor; only the tap may decide to write it in place."""
-    plain, visited = executor.Visitor.__call__, []
+    plain, visited = visits.Visitor.__call__, []
 
-    def watching(self: executor.Visitor, x: torch.Tensor) -> torch.Tensor | None:
+    def watching(self: visits.Visitor, x: torch.Tensor) -> torch.Tensor | None:
         before = x.clone()
         new = plain(self, x)
         assert torch.equal(x, before)
         visited.append(new is not None)
         return new
 
-    monkeypatch.setattr(executor.Visitor, "__call__", watching)
+    monkeypatch.setattr(visits.Visitor, "__call__", watching)
     edits = tuple(
         ops.EditScale(id=f"e{i}", site=s, by=2.0)
         for i, s in enumerate(
@@ -173,7 +174,7 @@ def test_a_batch_that_breaks_fails_its_requests_and_no_later_one(
         raise IndexError("a bug of ours")
 
     with monkeypatch.context() as patch:
-        patch.setattr(batch.Batch, "_first", broken)
+        patch.setattr(step_room.Pass, "run", broken)
         with pytest.raises(ServerFault) as caught:
             engine.submit(task(engine, "a")).result(WAIT_S)
     assert caught.value.code == "internal"
@@ -189,7 +190,7 @@ def test_a_thread_that_dies_leaves_nobody_waiting(tiny: Any, monkeypatch: pytest
     def die() -> None:
         raise SystemError("the interpreter broke")
 
-    monkeypatch.setattr(engine, "_serve_one_batch", die)
+    monkeypatch.setattr(engine, "_serve", die)
     future: Future[Any] = engine.submit(task(engine, "a"))
     with pytest.raises(TrocarError):
         future.result(WAIT_S)
@@ -201,7 +202,7 @@ def test_a_thread_that_dies_leaves_nobody_waiting(tiny: Any, monkeypatch: pytest
 
 def test_requests_take_turns(tiny: Any) -> None:
     """A request of one prompt does not wait for the whole of one with fifty."""
-    engine = HFEngine(tiny, Limits(batch_sequences=4))
+    engine = HFEngine(tiny, Limits(sequences=4))
     seen: list[str] = []
     many, one = task(engine, "many", prompts=50), task(engine, "one")
     with engine._wake:
