@@ -93,7 +93,9 @@ def example_requests() -> list[RunRequest]:
 def request_json(request: RunRequest) -> str:
     """JSON for reading: one node per line."""
     body = request.model_dump(mode="json")
-    nodes = ",\n".join("      " + json.dumps(node, ensure_ascii=False) for node in body["program"]["nodes"])
+    nodes = ",\n".join(
+        "      " + json.dumps(_said(node), ensure_ascii=False) for node in body["program"]["nodes"]
+    )
     lines = [
         f'  "model": {json.dumps(body["model"])}',
         f'  "prompts": {json.dumps(body["prompts"], ensure_ascii=False)}',
@@ -101,6 +103,12 @@ def request_json(request: RunRequest) -> str:
         f'  "generation": {json.dumps(body["generation"])}',
     ]
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _said(node: dict[str, Any]) -> dict[str, Any]:
+    """A node without what it leaves open, its id and op first."""
+    first = {name: node[name] for name in ("id", "op")}
+    return first | {name: value for name, value in node.items() if value is not None}
 
 
 def ops_table() -> str:
@@ -132,7 +140,8 @@ def _op(row: OpSpec) -> str:
     ]
     for name, field in shape["properties"].items():
         if name != "op":
-            default = "required" if name in required else f"`{json.dumps(field.get('default'))}`"
+            given = json.dumps(field.get("default"))
+            default = "required" if name in required else "nothing" if given == "null" else f"`{given}`"
             lines.append(f"| `{name}` | {_accepts(name, field, row)} | {default} |")
     return "\n".join(lines) + "\n"
 
@@ -140,32 +149,36 @@ def _op(row: OpSpec) -> str:
 def _accepts(name: str, field: dict[str, Any], row: OpSpec) -> str:
     if name in row.takes:
         kinds = ", ".join(row.takes[name])
-        return (
-            f"id of an earlier node that is: {kinds}"
-            if field.get("type") != "array"
-            else f"ids of earlier nodes that are: {kinds}"
-        )
+        if field.get("type") == "array":
+            return f"ids of earlier nodes that are: {kinds}"
+        others = [f for f in field.get("anyOf", ()) if f["type"] == "number"]
+        number = "".join(f"{_schema_text(f)}, or " for f in others)
+        return f"{number}id of an earlier node that is: {kinds}"
     return {
         "id": "a name: a letter or `_`, then letters, digits, `_`, `.`, `-`; at most 64 characters",
         "site": "a [site](sites.md)",
         "at": "a [position selector](positions.md)",
+        "keys": "a [position selector](positions.md) of prompt tokens",
+        "features": 'at most 256 of `{"index": ..., "set": ...}` or `{"index": ..., "scale": ...}`',
         "handle": "`act_...` or `art_...`",
+        "heads": "a list of 1 to 512 head indices",
+        "neurons": "a list of 1 to 4096 neuron indices",
         "probe": "`art_...` of a fit with weights, or nothing",
     }.get(name) or _schema_text(field)
 
 
 def _schema_text(field: dict[str, Any]) -> str:
     if "anyOf" in field:
-        return " or ".join(dict.fromkeys(_schema_text(f) for f in field["anyOf"]))
+        return " or ".join(dict.fromkeys(_schema_text(f) for f in field["anyOf"] if f.get("type") != "null"))
     if "enum" in field:
         return " or ".join(f"`{json.dumps(v)}`" for v in field["enum"])
     if field["type"] == "array":
         return f"a list of 1 to {field['maxItems']}: {_schema_text(field['items'])}"
     limits = [field.get("minimum"), field.get("maximum")]
-    span = f" from {limits[0]:g} to {limits[1]:g}" if None not in limits else ""
-    return {"integer": "an integer", "number": "a number", "string": "text", "null": "nothing"}[
-        field["type"]
-    ] + span
+    low, high = (str(n) if isinstance(n, int) else f"{n:g}" for n in (limits[0] or 0, limits[1] or 0))
+    span = f" from {low} to {high}" if None not in limits else ""
+    words = {"integer": "an integer", "number": "a number", "string": "text", "boolean": "true or false"}
+    return words[field["type"]] + span
 
 
 def sites_table() -> str:
