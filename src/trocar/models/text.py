@@ -190,16 +190,15 @@ def _places(text: str, frame: str, contents: Sequence[str]) -> list[tuple[int, i
     for i in order:
         before, _, rest = rest.partition(named[i])
         between.append(before)
-    places = [(0, 0)] * len(contents)
-    cursor = len(between[0]) if between else 0
-    for i, follows in zip(order, [*between[1:], rest], strict=True):
+    first, *after = [*between, rest]
+    places, cursor = [(0, 0)] * len(contents), len(first)
+    for i, follows in zip(order, after, strict=True):
         kept = next((c for c in _trims(contents[i]) if text.startswith(c + follows, cursor)), None)
         if kept is None:
             return None
         places[i] = (cursor, cursor + len(kept))
         cursor += len(kept) + len(follows)
-    whole = not order or (text.startswith(between[0]) and cursor == len(text))
-    return places if whole else None
+    return places if text.startswith(first) and cursor == len(text) else None
 
 
 def _trims(content: str) -> Iterator[str]:
