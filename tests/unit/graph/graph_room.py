@@ -19,7 +19,8 @@ from trocar.graph.spec import SPEC, field_names
 
 PRICES = Prices(scalar_bits=24, overhead_bits=256)
 TOKEN_BITS = 9  # 300 tokens
-ACTS, SPARSE, FEW, FOREIGN, ABSENT = (f"act_{c * 32}" for c in "abcde")
+ACTS, SPARSE, FEW, FOREIGN, ABSENT, MANY, FINAL = (f"act_{c * 32}" for c in "abcdef0")
+SESSION = "step0.kept"
 PROBE, DIRECTION, STRANGE = (f"art_{c * 32}" for c in "abc")
 TENSORS = {
     "v": (8,),
@@ -34,7 +35,23 @@ TENSORS = {
     "w_dec": (12, 8),
     "b_dec": (8,),
 }
-SITES = ("embeddings", "resid_pre", "v", "z", "attn_out", "mlp_act", "mlp_out", "resid_post", "final_norm")
+SITES = (
+    "embeddings",
+    "resid_pre",
+    "q",
+    "k",
+    "v",
+    "z",
+    "attn_out",
+    "mlp_act",
+    "mlp_out",
+    "resid_post",
+    "final_norm",
+)
+
+
+class PaperFacts(ModelFacts):
+    norms: dict[str, tuple[float, ...]] = {}  # noqa: RUF012 - a pydantic field
 
 
 def facts(**changes: Any) -> ModelFacts:
@@ -59,7 +76,7 @@ def facts(**changes: Any) -> ModelFacts:
         "unavailable": {"attn_probs": "x", "router_logits": "the model is not a mixture of experts"},
         "eos": (0,),
     }
-    return ModelFacts(**(values | changes))
+    return PaperFacts(**(values | changes))
 
 
 def _acts(handle: str, rows: tuple[int, ...], fingerprint: str = "f" * 64) -> HandleFacts:
@@ -67,7 +84,7 @@ def _acts(handle: str, rows: tuple[int, ...], fingerprint: str = "f" * 64) -> Ha
         handle=handle,
         kind="activations",
         fingerprint=fingerprint,
-        widths={"resid_post.1": 8, "mlp_act.2": 16},
+        widths={"resid_post.1": 8, "mlp_act.2": 16, "final_norm": 8},
         rows_per_prompt=rows,
     )
 
@@ -87,6 +104,9 @@ HANDLES = {
     ACTS: _acts(ACTS, (1, 1)),
     SPARSE: _acts(SPARSE, (2, 0)),
     FEW: _acts(FEW, (1,)),
+    MANY: _acts(MANY, (3, 1, 4)),
+    FINAL: _acts(FINAL, (1, 1)),
+    SESSION: _acts(SESSION, (1, 1)),
     FOREIGN: _acts(FOREIGN, (1, 1), "0" * 64),
     PROBE: _artifact(PROBE, has_probe=True),
     DIRECTION: _artifact(DIRECTION),

@@ -18,7 +18,9 @@ PRICES = Prices(scalar_bits=32, overhead_bits=256)
 
 def _check(nodes: list[dict[str, object]], lengths: tuple[int, ...], width: int = 8) -> check.Checked:
     program = strict.parse(Program, json.dumps({"nodes": nodes}).encode())
-    scope = Scope(facts(d_model=width, context=10**6), lengths, Generation(), {"v": (width,)}, {}, lambda _: [1])
+    scope = Scope(
+        facts(d_model=width, context=10**6), lengths, Generation(), {"v": (width,)}, {}, lambda _: [1]
+    )
     return check.check(program, scope, PRICES)
 
 
