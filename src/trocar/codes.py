@@ -61,6 +61,8 @@ TABLE: Final[tuple[Code, ...]] = (
     Code("unknown_op", "ProgramError", "An op that is not in the table.",
          "`trocar ops` prints the table; docs/programs.md explains it."),
     Code("unknown_site", "ProgramError", "A site that does not exist.", "List the sites with `model.sites`."),
+    Code("ambiguous_site", "ProgramError", "A foreign spelling that means more than one site.",
+         "Write the canonical name of the one you mean: docs/aliases.md lists them."),
     Code("site_unavailable", "ProgramError", "A site that this model or engine does not serve.",
          "List what is served with `model.sites`."),
     Code("site_not_editable", "ProgramError", "A site that can be read but not written.",
