@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -77,6 +78,8 @@ class TrocarError(Exception):
 
     status: int = 500
     category: Category = "server"
+    retry_after_s: int | None = None
+    """Seconds after which it may go through, where that is known."""
 
     def __init__(self, refusals: Sequence[Refusal], request_id: str | None = None) -> None:
         if not refusals:
@@ -121,6 +124,7 @@ class TrocarError(Exception):
                 "kind": type(self).__name__,
                 "category": self.category,
                 "retryable": self.retryable,
+                "retry_after_s": self.retry_after_s,
                 "request_id": self.request_id,
                 "refusals": [r.as_json() for r in self.refusals],
             }
@@ -223,6 +227,13 @@ def refuse(
     return kind_of(code)([refusal(code, path, reason, closest=closest, next_step=next_step)])
 
 
+def full(reason: str, after_s: float) -> TrocarError:
+    """`queue_full`, with the time after which a place should be free: whole seconds, at least 1."""
+    error = refuse("queue_full", "", reason)
+    error.retry_after_s = max(1, math.ceil(after_s))
+    return error
+
+
 def closest(word: str, options: Iterable[str]) -> str | None:
     """The nearest of the first `MAX_OPTIONS` options to `word`, or None when nothing is near."""
     near = list(itertools.islice(options, MAX_OPTIONS))
@@ -244,4 +255,6 @@ def from_json(body: dict[str, Any], request_id: str | None = None) -> TrocarErro
         )
         for r in error["refusals"]
     ]
-    return kind(refusals, error.get("request_id") or request_id)
+    made = kind(refusals, error.get("request_id") or request_id)
+    made.retry_after_s = error.get("retry_after_s")
+    return made

@@ -55,7 +55,7 @@ def answer(released: Released, request_id: str) -> Response:
             "x-trocar-replayed": str(released.charge.replayed).lower(),
         }
     if released.status == 503:
-        headers["retry-after"] = "2"
+        headers["retry-after"] = str(released.retry_after_s or 1)
     if released.status == 401:
         headers["www-authenticate"] = "Bearer"
     return Response(released.payload, released.status, headers, JSON)
@@ -284,4 +284,5 @@ async def _on_fault(request: Request, error: Exception) -> Response:
 def _refused(request: Request, error: errors.TrocarError) -> Response:
     request_id: str = request.state.request_id
     named = type(error)(error.refusals, request_id)
+    named.retry_after_s = error.retry_after_s
     return answer(release.refused(named), request_id)

@@ -129,9 +129,8 @@ def selected(selection: Selection, member: Member) -> I64:
 
 def _within(rows: Sequence[int], first: int, stop: int) -> I64:
     if isinstance(rows, range):
-        return np.arange(
-            max(rows.start, first), max(min(rows.stop, stop), max(rows.start, first)), dtype=np.int64
-        )
+        start = max(rows.start, first)
+        return np.arange(start, max(start, min(rows.stop, stop)), dtype=np.int64)
     every = np.asarray(rows, dtype=np.int64)
     return every[np.searchsorted(every, first) : np.searchsorted(every, stop)]
 

@@ -50,12 +50,12 @@ def named(logprobs_NV: torch.Tensor, ids_NM: I64) -> F32:
 class Asks:
     """What a step wants of the unembedding.
 
-    `final` asks name rows of the batch after the last norm; `loose` asks bring rows of their own. `guard` wraps what
-    an asker does with its rows, so that one that breaks fails alone.
+    `final` asks name rows of `final_rows` [N, D], which are after the last norm; `loose` asks bring rows of their
+    own. `guard` wraps what an asker does with its rows, so that one that breaks fails alone.
     """
 
     readout: Readout
-    final_ND: torch.Tensor | None
+    final_rows: torch.Tensor | None
     guard: Callable[[Then], Then] = field(default=lambda then: then)
     _final: list[tuple[torch.Tensor, Then]] = field(default_factory=list)
     _loose: list[tuple[torch.Tensor, bool, Then]] = field(default_factory=list)
@@ -72,12 +72,12 @@ class Asks:
         self._serve_loose()
 
     def _serve_final(self) -> None:
-        if not self._final or self.final_ND is None:
+        if not self._final or self.final_rows is None:
             return
         wanted, places = torch.unique(torch.cat([i for i, _ in self._final]), return_inverse=True)
         bounds = np.cumsum([0, *(len(i) for i, _ in self._final)])
         for first in range(0, len(wanted), CHUNK_ROWS):
-            logits_NV = self.readout.head(self.final_ND.index_select(0, wanted[first : first + CHUNK_ROWS]))
+            logits_NV = self.readout.head(self.final_rows.index_select(0, wanted[first : first + CHUNK_ROWS]))
             for (_, then), start, stop in zip(self._final, bounds[:-1], bounds[1:], strict=True):
                 _hand_out(then, places[start:stop], first, logits_NV)
 

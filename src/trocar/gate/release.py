@@ -41,17 +41,27 @@ class Released:
         payload: canonical JSON.
         status: how the answer ends, as an HTTP status.
         charge: the ledger's entry, None for public answers.
+        retry_after_s: when a refusal for lack of room may go through.
     """
 
-    __slots__ = ("charge", "payload", "status")
+    __slots__ = ("charge", "payload", "retry_after_s", "status")
     payload: bytes
     status: int
     charge: r.Charge | None
+    retry_after_s: int | None
 
-    def __init__(self, seal: object, payload: bytes, status: int, charge: r.Charge | None) -> None:
+    def __init__(
+        self,
+        seal: object,
+        payload: bytes,
+        status: int,
+        charge: r.Charge | None,
+        retry_after_s: int | None = None,
+    ) -> None:
         if seal is not _SEAL:
             raise TypeError("only trocar.gate.release makes Released values")
-        for name, value in (("payload", payload), ("status", status), ("charge", charge)):
+        named = {"payload": payload, "status": status, "charge": charge, "retry_after_s": retry_after_s}
+        for name, value in named.items():
             object.__setattr__(self, name, value)
 
     def __setattr__(self, name: str, _value: object) -> None:
@@ -68,7 +78,7 @@ def public(view: r.Public, status: int = 200) -> Released:
 def refused(error: errors.TrocarError) -> Released:
     """Wraps a refusal. Its text is made from the request, never from activations."""
     body = json.dumps(error.as_json(), separators=(",", ":"))  # ASCII: a lone surrogate has no UTF-8
-    return Released(_SEAL, body.encode(), error.status, None)
+    return Released(_SEAL, body.encode(), error.status, None, error.retry_after_s)
 
 
 def document(schema: Mapping[str, Any]) -> Released:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ JobId = NewType("JobId", str)
 Kind = Literal["run", "fit"]
 KEEP_S: Final = 3600.0
 MAX_UNFINISHED_PER_TENANT: Final = 64
+RECENT: Final = 16
 MAX_FINISHED_PER_TENANT: Final = 256
 WORKERS: Final[dict[Kind, int]] = {"run": 256, "fit": 1}  # runs only wait for the engine
 
@@ -92,7 +94,14 @@ class Jobs:
             if self._closing:
                 raise errors.refuse("internal", "", "the server is stopping")
             if unfinished >= MAX_UNFINISHED_PER_TENANT:
-                raise errors.refuse("queue_full", "", f"{unfinished} of your jobs are unfinished")
+                raise errors.full(f"{unfinished} of your jobs are unfinished", self._until_one_ends(tenant))
+
+    def _until_one_ends(self, tenant: str) -> float:
+        """Seconds until the oldest unfinished job should end, by how long the tenant's last ones took."""
+        mine = [j for j in self._jobs.values() if j.tenant == tenant]
+        took = [j.ended_s - j.started_s for j in mine if j.ended_s is not None][-RECENT:]
+        oldest = min((j.started_s for j in mine if j.ended_s is None), default=time.monotonic())
+        return statistics.fmean(took or [1.0]) - (time.monotonic() - oldest)
 
     def running(self, tenant: str, claim: Claim | None) -> r.JobView | None:
         """The unfinished job of the same request: what a client gets who never heard the first answer."""

@@ -34,7 +34,7 @@ class Served:
 
     @property
     def facts(self) -> ModelFacts:
-        return self.loaded.facts
+        return self.engine.facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ def _tokens(
 def _digest(request: RunRequest, vectors: Vectors) -> str:
     digest = hashlib.sha256(canonical(request))
     for name in sorted(vectors):
-        digest.update(name.encode() + vectors[name].tobytes())
+        digest.update(f"{name!r}{vectors[name].shape}".encode() + vectors[name].tobytes())
     return digest.hexdigest()
 
 

@@ -105,6 +105,7 @@ class Run:
             probes=probe_values(self.prepared, self.store, self.tenant),
             sinks={name: StoreSink(w, self.served.loaded) for name, w in writers.items()},
             progress=lambda done: self.jobs.progress(job, done),
+            tenant=self.tenant,
         )
         future = self.served.engine.submit(task)
         self.jobs.stoppable(job, lambda: self.served.engine.cancel(job.id))

@@ -26,6 +26,7 @@ from trocar.wire import requests as q
 from trocar.wire import results as r
 
 MAX_WAIT_S: Final = 30.0
+SUMMED: Final = tuple(n for n in r.EngineView.model_fields if n != "most_requests_in_a_forward")
 
 
 class Service:
@@ -192,11 +193,8 @@ class Service:
         stats = [m.engine.stats() for m in self._models.values()]
         return release.public(
             r.EngineView(
-                forwards=sum(s.forwards for s in stats),
-                sequences=sum(s.sequences for s in stats),
-                tokens=sum(s.tokens for s in stats),
                 most_requests_in_a_forward=max((s.most_requests for s in stats), default=0),
-                live_requests=sum(s.live_requests for s in stats),
+                **{name: sum(getattr(s, name) for s in stats) for name in SUMMED},
             )
         )
 

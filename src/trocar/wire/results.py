@@ -161,13 +161,27 @@ class LedgerView(Public):
 
 
 class EngineView(Public):
-    """Counters for operators: how full the batches were."""
+    """Counters for operators, over all models: how full the steps were, and what was saved or done twice.
+
+    Attributes:
+        chunks: passes over a part of a prompt.
+        preemptions: sequences that gave their place back and were computed again.
+        prefix_hit_tokens: prompt tokens that came from the prefix cache.
+        shared_rows: rows that variants of a sweep did not compute a second time.
+        kv_bytes: keys and values held now.
+    """
 
     forwards: int
     sequences: int
     tokens: int
     most_requests_in_a_forward: int
     live_requests: int
+    live_sequences: int
+    chunks: int
+    preemptions: int
+    prefix_hit_tokens: int
+    shared_rows: int
+    kv_bytes: int
 
 
 class HealthView(Public):

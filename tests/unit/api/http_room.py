@@ -30,7 +30,7 @@ class Heard:
     def refusal(self) -> dict[str, Any]:
         """The first refusal, after checking the shape that every refusal has."""
         error = self.json["error"]
-        assert set(error) == {"kind", "category", "retryable", "request_id", "refusals"}
+        assert set(error) == {"kind", "category", "retryable", "retry_after_s", "request_id", "refusals"}
         assert error["request_id"] == self.headers["x-request-id"]
         assert error["request_id"].startswith("req_")
         first: dict[str, Any] = error["refusals"][0]

@@ -39,7 +39,7 @@ BAD_PROGRAMS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "site not served": (
         "site_unavailable",
         "program.nodes[0].site",
-        request(read("attn_probs.1"), capture("r")),
+        request(read("attn_out_post.1"), capture("r")),
     ),
     "logits": ("site_unavailable", "program.nodes[0].site", request(read("logits"), capture("r"))),
     "after its layer": (

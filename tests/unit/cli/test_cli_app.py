@@ -152,7 +152,7 @@ def test_ops_is_the_table(trocar: Any) -> None:
     rows = trocar("ops", "--json").json
     assert [row["op"] for row in rows] == list(SPEC)
     read = next(row for row in rows if row["op"] == "read")
-    assert read["fields"] == ["site", "at"]
+    assert read["fields"] == ["site", "at", "heads", "neurons", "keys"]
     assert all(op in trocar("ops").out for op in SPEC)
 
 

@@ -49,6 +49,7 @@ class HFEngine:
         self._closing = False
         self._over = False
         self._forwards = self._tokens = self._done = self._most = 0
+        self._between_s, self._last_s = 1.0, time.monotonic()
         self._thread = threading.Thread(target=self._loop, name="trocar-engine", daemon=True)
         self._thread.start()
 
@@ -70,7 +71,7 @@ class HFEngine:
             if self._closing or self._over:
                 raise _stopping()
             if len(self._scheduler.live) >= self._limits.waiting_requests:
-                raise errors.refuse("queue_full", "", f"{len(self._scheduler.live)} requests are waiting")
+                raise errors.full(f"{len(self._scheduler.live)} requests are waiting", self._between_s)
             self._scheduler.add(live)
             self._wake.notify_all()
         return live.future
@@ -191,7 +192,15 @@ class HFEngine:
         over = [x for x in scheduler.live.values() if x.over]
         for live in over:
             scheduler.remove(live)
+        if over:
+            self._pace(len(over))
         return over
+
+    def _pace(self, ended: int) -> None:
+        """How long a request takes to make room for another, lately."""
+        now = time.monotonic()
+        self._between_s = 0.8 * self._between_s + 0.2 * (now - self._last_s) / ended
+        self._last_s = now
 
     def _abandon(self) -> None:
         with self._wake:

@@ -89,15 +89,15 @@ class Pool:
 
     def _grow(self, room: int) -> None:
         kept = len(self.slots)
-        self.k = [self._moved(x, kept, room) for x in self.k or [None] * self.shape.layers]
-        self.v = [self._moved(x, kept, room) for x in self.v or [None] * self.shape.layers]
+        self.k = self._moved(self.k, kept, room)
+        self.v = self._moved(self.v, kept, room)
         self._room = room
 
-    def _moved(self, old: torch.Tensor | None, kept: int, room: int) -> torch.Tensor:
+    def _moved(self, old: list[torch.Tensor], kept: int, room: int) -> list[torch.Tensor]:
         shape = (room, self.shape.heads, self.capacity_tokens, self.shape.width)
-        new = torch.zeros(shape, dtype=self.shape.dtype)
-        if old is not None and kept:
-            new[:kept] = old[:kept]
+        new = [torch.zeros(shape, dtype=self.shape.dtype) for _ in range(self.shape.layers)]
+        for after, before in zip(new, old, strict=False):  # nothing is there before the first slot
+            after[:kept] = before[:kept]
         return new
 
     @property

@@ -292,13 +292,6 @@ class Scheduler:
 
     # ---- shared prefixes ----
 
-    def _keys(self, sequence: Sequence, *, reads: bool) -> tuple[bytes, ...]:
-        stop = min(
-            first_row(sequence.live, sequence.prompt, reads=reads), sequence.length - int(reads), sequence.fed
-        )
-        size = self.cache.block_tokens
-        return () if stop < size else block_keys(sequence.live.task.tenant, sequence.tokens, stop, size)
-
     def _hit(self, sequence: Sequence) -> tuple[Slot, int] | None:
         if not self.limits.prefix_cache or not len(self.cache):
             return None

@@ -23,8 +23,8 @@ from trocar.sites import Site
 Visitors = Mapping[Site, Callable[[torch.Tensor], torch.Tensor | None]]
 
 
-class _Enough(Exception):  # noqa: N818 - not an error: nothing is left to compute
-    """No row is left."""
+class _Enough(Exception):
+    """Not an error: no row is left that anybody wants computed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,7 @@ def _packed(
     for first in range(0, max(LENGTHS), cut):
         parts = [(i, p[first : first + cut]) for i, p in enumerate(prompts) if p[first : first + cut]]
         hidden_ND = _one_pass(body, slots, parts, first, pattern)
-        for (i, _), rows in zip(parts, hidden_ND.split([len(t) for _, t in parts]), strict=True):
+        for (i, _), rows in zip(parts, torch.split(hidden_ND, [len(t) for _, t in parts]), strict=True):
             out[i].append(rows)
     return [torch.cat(rows) for rows in out]
 
