@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import httpx
 
-from trocar import errors, sites, strict
+from trocar import aliases, errors, sites, strict
 from trocar.client.handles import Probe, Stored, StoredRows
 from trocar.client.notebook import ProgressLine
 from trocar.client.results import Plan, Results, Text
@@ -16,6 +16,7 @@ from trocar.client.settings import Settings
 from trocar.client.trace import Prompts, Recorded, Trace, is_single
 from trocar.client.transport import Transport
 from trocar.graph.builder import EditSpec, Place, Position, SiteRows, selector
+from trocar.graph.canonical import expand
 from trocar.graph.facts import ModelFacts
 from trocar.graph.program import Generation
 from trocar.wire import requests as q
@@ -177,7 +178,7 @@ class AsyncModel:
 
     def width(self, site: str) -> int:
         """Width of one row at a site."""
-        return self.facts.width(sites.parse(site))
+        return self.facts.width(aliases.resolve(site, self.facts))
 
     def trace(
         self, prompts: Prompts, **generation: Any
@@ -251,7 +252,7 @@ def capture_request(
 ) -> Recorded:
     """The program behind `model.capture`."""
     patterns = [wanted] if isinstance(wanted, str) else list(wanted)
-    places = sites.unique(p for pattern in patterns for p in sites.expand(pattern, model.facts.n_layers))
+    places = sites.unique(p for pattern in patterns for p in expand(pattern, model.facts))
     with model.trace(prompts) as t:
         t.apply(*edits)
         t.save(

@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal, Protocol, Self, SupportsIndex, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from trocar import errors, sites, strict
+from trocar import aliases, errors, sites, strict
 from trocar.graph import ops
 from trocar.graph.builder import (
     EditSpec,
@@ -103,6 +103,15 @@ class Trace(Generic[PlanT, JobT]):
 
     def __dir__(self) -> Iterable[str]:
         return [*object.__dir__(self), *self._model.sites]
+
+    def site(self, name: str) -> SiteRows:
+        """Rows of a site by its name: `t.site("resid_post.12")`, or the spelling of another library
+        (`t.site("blocks.12.hook_resid_post")`).
+
+        Raises:
+            ProgramError: `unknown_site`, or `ambiguous_site` for a spelling that means two places here.
+        """
+        return self._recorder.named(name)
 
     # ---- edits ----
 
@@ -321,6 +330,6 @@ def as_array(name: str, value: Any) -> npt.NDArray[np.float32]:
 
 def place(site: str, model: ModelFacts) -> sites.Site:
     """Parses a site and checks it against the model's facts."""
-    found = sites.parse(site)
+    found = aliases.resolve(site, model)
     model.require(found, "site")
     return found

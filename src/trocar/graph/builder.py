@@ -18,7 +18,7 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any, Final
 
-from trocar import errors, sites, strict
+from trocar import aliases, errors, sites, strict
 from trocar.graph import ops, rules_values
 from trocar.graph.builder_expr import (
     Content,
@@ -34,6 +34,7 @@ from trocar.graph.builder_expr import (
     selector,
 )
 from trocar.graph.builder_sites import Patterns, Place, SiteFamily, SiteProxy, SiteRows
+from trocar.graph.canonical import expand
 from trocar.graph.facts import ModelFacts
 from trocar.graph.program import Node, Program
 from trocar.graph.spec import CONTROLS, EDITS, OUTPUTS, SPEC
@@ -102,6 +103,14 @@ class Recorder:
             return SiteProxy(self, name)
         return SiteRows(self, Place(sites.Site(name)))
 
+    def named(self, text: str) -> SiteRows:
+        """Rows of a site by its name in any accepted spelling, with its layer.
+
+        Raises:
+            ProgramError: `unknown_site` or `ambiguous_site`.
+        """
+        return SiteRows(self, Place(aliases.resolve(text, self.model)))
+
     def emit(self, kind: type[Any], **fields: Any) -> Expr:
         node = strict.make(kind, id=self._new_id(), **fields)
         self._append(node)
@@ -145,7 +154,7 @@ class Recorder:
     def apply(self, edit: EditSpec) -> None:
         """Records an edit; `resid_post.*` edits every layer."""
         edit = self._written(edit)
-        for place in sites.expand(edit.site, self.model.n_layers, "edit.site"):
+        for place in expand(edit.site, self.model, "edit.site"):
             self._edit(edit, str(place))
 
     def _written(self, edit: EditSpec) -> EditSpec:

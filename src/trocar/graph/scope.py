@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from trocar import errors, sites
+from trocar import aliases, errors, sites
 from trocar.graph import positions
 from trocar.graph.facts import HandleFacts, ModelFacts
 from trocar.graph.program import Generation
@@ -132,7 +132,7 @@ class Walk:
         return f" of prompt {prompt}, which has {self.scope.lengths[prompt]}"
 
     def site(self, text: str, path: str) -> sites.Site:
-        site = sites.parse(text, path)
+        site = aliases.resolve(text, self.scope.model, path)
         self.scope.model.require(site, path)
         return site
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from trocar import errors
 from trocar.engine.protocol import F32, Engine
 from trocar.graph import check, ops
+from trocar.graph.canonical import canonical_sites
 from trocar.graph.cost import Prices
 from trocar.graph.facts import HandleFacts, ModelFacts
 from trocar.graph.positions import NO_MARKS, Marks
@@ -67,7 +68,7 @@ def prepare(
         encode=served.loaded.tokenize,
         marks=tuple(marks for _, marks in marked),
     )
-    checked = check.check(request.program, scope, prices)
+    checked = check.check(canonical_sites(request.program, served.facts), scope, prices)
     return Prepared(request, checked, tokens, vectors, _digest(request, vectors))
 
 
