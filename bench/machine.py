@@ -22,12 +22,18 @@ def describe() -> str:
     return f"{cpu}, {os.cpu_count()} cores, {versions}, {threads} threads"
 
 
-def finish(bench: str, ratios: dict[str, list[float]], goals: dict[str, float]) -> None:
-    """Prints the last line: medians of the ratios, and their spread over the turns."""
+def finish(
+    bench: str,
+    ratios: dict[str, list[float]],
+    goals: dict[str, float],
+    **measured: dict[str, float],
+) -> None:
+    """Prints the last line: medians of the ratios, their spread over the turns, and what else was measured.
+
+    A goal is the least that its ratio should be. Names in `measured` tell the unit.
+    """
     middle = {name: round(statistics.median(values), 3) for name, values in ratios.items()}
     spread = {name: [round(min(values), 3), round(max(values), 3)] for name, values in ratios.items()}
-    print(
-        json.dumps(
-            {"bench": bench, "machine": describe(), "ratios": middle, "spread": spread, "goals": goals}
-        )
-    )
+    more = {name: {k: float(f"{v:.4g}") for k, v in values.items()} for name, values in measured.items()}
+    result = {"bench": bench, "machine": describe(), "ratios": middle, "spread": spread, "goals": goals}
+    print(json.dumps({**result, **more}))

@@ -1,0 +1,221 @@
+"""Many users at once, each with a program of their own, against serving them in turn and against no programs.
+
+Every user steers with their own vector at their own layer, at every token. Ours is one engine that gets all
+requests at once. Peers: nnsight 0.8.1, which serves the same requests one after another with the same edits
+(and must give the same tokens), and Hugging Face `generate` on all prompts in one padded batch without any
+program, the speed that serving different programs cannot be expected to reach. Ratios are the peer's CPU
+seconds / ours.
+
+nnsight has its own pins, so it runs in a Python of its own as a child that measures itself:
+`TROCAR_BENCH_NNSIGHT` names that Python. Without it, a virtual environment is made in a temporary directory,
+for this run only. When that fails, the peer is left out and has no ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import room
+from bench.machine import finish
+from trocar.engine.hf.engine import HFEngine
+from trocar.engine.protocol import Generated
+from trocar.models.load import Loaded, load
+from trocar.models.pull import locate
+
+MODEL = "smollm2-135m-instruct"
+ROOT = Path(__file__).resolve().parents[1]
+LENGTH, TOKENS, STRENGTH = 20, 32, 40.0
+ROUNDS = {1: 5, 4: 5, 16: 3, 64: 1}
+QUICK = {1: 2, 4: 1, 16: 1}
+GOALS = {"nnsight_16": 6.0, "generate_16": 1.25}
+
+
+class Nnsight:
+    """The child process; one line out and one line back per turn."""
+
+    def __init__(self, python: str, home: Path) -> None:
+        script = ROOT / "bench" / "peers" / "nnsight_peer.py"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment.pop("PYTHONPATH", None)
+        self._child = subprocess.Popen(
+            [python, str(script), str(home)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        self.versions = self._line()
+
+    def _line(self) -> dict[str, Any]:
+        assert self._child.stdout is not None
+        found: dict[str, Any] = json.loads(self._child.stdout.readline())
+        return found
+
+    def serve(self, users: list[room.Ask]) -> tuple[float, list[list[int]]]:
+        """CPU seconds of the child, and the tokens."""
+        requests = [
+            {"prompt": u.prompts[0], "layer": layer_of(u), "vector": (STRENGTH * u.vectors["v"]).tolist()}
+            for u in users
+        ]
+        assert self._child.stdin is not None
+        self._child.stdin.write(json.dumps({"requests": requests, "new_tokens": users[0].new_tokens}) + "\n")
+        self._child.stdin.flush()
+        answer = self._line()
+        return answer["cpu_s"], answer["tokens"]
+
+    def close(self) -> None:
+        assert self._child.stdin is not None
+        self._child.stdin.close()
+        self._child.wait()
+
+
+def layer_of(user: room.Ask) -> int:
+    return int(str(user.nodes[1]["site"]).partition(".")[2])
+
+
+def python_with_nnsight(folder: str) -> str:
+    """The named one, or a new virtual environment in `folder`."""
+    named = os.environ.get("TROCAR_BENCH_NNSIGHT")
+    if named:
+        return named
+    print("making a virtual environment for nnsight; TROCAR_BENCH_NNSIGHT=PYTHON names one that is there")
+    venv.create(folder, with_pip=True)
+    python = str(Path(folder) / "bin" / "python")
+    wanted = ["nnsight==0.8.1", "transformers", "-c", str(ROOT / "constraints.txt")]
+    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    return python
+
+
+def child(folder: str, home: Path) -> Nnsight | None:
+    try:
+        return Nnsight(python_with_nnsight(folder), home)
+    except (OSError, subprocess.SubprocessError, json.JSONDecodeError) as e:
+        print(f"nnsight is left out: {type(e).__name__}", file=sys.stderr)
+        return None
+
+
+def everyone(loaded: Loaded, count: int) -> list[room.Ask]:
+    width, layers = loaded.facts.d_model, loaded.facts.n_layers
+    return [
+        room.Ask(
+            f"user-{i}",
+            room.steer(4 + i % (layers - 8), STRENGTH) + room.TEXT,
+            [p],
+            TOKENS,
+            {"v": room.vector(width, i)},
+        )
+        for i, p in enumerate(room.prompts(count, LENGTH))
+    ]
+
+
+def ours(runner: HFEngine, loaded: Loaded, users: list[room.Ask]) -> tuple[float, list[list[int]]]:
+    """CPU seconds from accepted programs to results, checking included, and the tokens."""
+    results: list[Any] = []
+    seconds = room.cpu(lambda: results.extend(room.together(runner, [u.task(loaded) for u in users])))
+    texts = [r.outputs["text"] for r in results]
+    return seconds, [list(t.ids[0]) for t in texts if isinstance(t, Generated)]
+
+
+def generate(model: Any, users: list[room.Ask]) -> float:
+    """CPU seconds of one left-padded batch without programs."""
+    longest = max(len(u.prompts[0]) for u in users)
+    ids = torch.zeros(len(users), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, user in enumerate(users):
+        prompt = user.prompts[0]
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    settings = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
+    with torch.inference_mode():
+        return room.cpu(lambda: model.generate(ids, attention_mask=mask, **settings))
+
+
+def plain_model(home: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        str(home), dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+    ).eval()
+
+
+def agree(count: int, mine: list[list[int]], theirs: list[list[int]]) -> int:
+    """Users whose tokens are the same; most must be, or one side did not do what it was asked."""
+    same = sum(a == b for a, b in zip(mine, theirs, strict=True))
+    if same * 4 < count * 3:
+        raise SystemExit(f"only {same} of {count} users got the same tokens from both sides")
+    return same
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    plan = QUICK if parser.parse_args().quick else ROUNDS
+    torch.set_num_threads(1)
+    home, _ = locate(MODEL)
+    loaded, model = load(MODEL), plain_model(home)
+    runner = room.engine(loaded)
+    out: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        peer = child(folder, home)
+        warm = everyone(loaded, 2)
+        for verb in (lambda: ours(runner, loaded, warm), lambda: generate(model, warm)):
+            verb()
+        if peer:
+            peer.serve(warm)
+        for count, rounds in plan.items():
+            measure(out, everyone(loaded, count), rounds, loaded, runner, model, peer)
+        if peer:
+            peer.close()
+            print(f"peer: {peer.versions}")
+    runner.close()
+    finish("tenants", out, GOALS if peer else {"generate_16": GOALS["generate_16"]})
+
+
+def measure(
+    out: dict[str, list[float]],
+    users: list[room.Ask],
+    rounds: int,
+    loaded: Loaded,
+    runner: HFEngine,
+    model: Any,
+    peer: Nnsight | None,
+) -> None:
+    """One number of users: alternating turns, a line of the table, ratios into `out`."""
+    tokens: dict[str, list[list[int]]] = {}
+
+    def kept(name: str, verb: Callable[[], tuple[float, list[list[int]]]]) -> Callable[[], float]:
+        def run() -> float:
+            seconds, tokens[name] = verb()
+            return seconds
+
+        return run
+
+    verbs = {"ours": kept("ours", lambda: ours(runner, loaded, users)), "generate": lambda: generate(model, users)}
+    if peer:
+        verbs["nnsight"] = kept("nnsight", lambda: peer.serve(users))
+    found = room.turns(verbs, rounds)
+    count = len(users)
+    for name in verbs:
+        if name != "ours":
+            out[f"{name}_{count}"] = room.ratios(found[name], found["ours"])
+    speeds = [f"{n} {count * TOKENS / statistics.median(s):.1f}" for n, s in found.items()]
+    same = f"; same tokens for {agree(count, tokens['ours'], tokens['nnsight'])}" if peer else ""
+    print(f"{count:>3} users, tokens per CPU second: {', '.join(speeds)}{same}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
