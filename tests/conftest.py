@@ -19,30 +19,70 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|a|>assistant\\n' }}{% endif %}"
 )
 SMOLLM2 = "smollm2-135m-instruct"
+GEMMA3 = "gemma3-270m"
+
+
+_SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": True,
+    "bos_token_id": 256,
+    "eos_token_id": [257, 258],
+    "attn_implementation": "sdpa",
+}
+_OWN: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 12},
+    "gemma3": {"head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 12},
+    "gpt2": {"n_inner": None},
+}
+FAMILIES = tuple(_OWN)
+
+
+def random_model(family: str = "llama", seed: int = 7, layers: int = 4) -> Any:
+    """A small random model of a family in float32, with weights, biases and norms large enough to matter.
+
+    Two key/value heads and four query heads where the family groups them; heads of Gemma and Qwen 3 are wider than
+    their share. Every third layer of Gemma, and its last, sees everything, the others eight tokens.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(_MODEL_TYPES.get(family, family), **_SIZES, **_OWN[family])
+    config.num_hidden_layers = layers
+    if family == "gemma3":
+        config.layer_types = [
+            "full_attention" if i % 3 == 2 or i == layers - 1 else "sliding_attention" for i in range(layers)
+        ]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        if family != "llama":
+            _shake(model)
+        return model.eval().requires_grad_(False)
+
+
+_MODEL_TYPES = {"gemma3": "gemma3_text"}
+
+
+def _shake(model: Any) -> None:
+    """Random biases and norm weights: freshly made ones are 0 and 1, and would hide a mistake."""
+    for name, value in model.named_parameters():
+        if value.ndim == 1:
+            value.data += 0.2 * value.data.new_empty(value.shape).normal_()
+            assert "norm" in name or "ln_" in name or name.endswith("bias")
 
 
 def random_llama(seed: int = 7, layers: int = 4) -> Any:
     """A LlamaForCausalLM of two key/value heads and four query heads, in float32."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=300,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            initializer_range=0.3,
-            tie_word_embeddings=True,
-            bos_token_id=256,
-            eos_token_id=[257, 258],
-            attn_implementation="sdpa",
-        )
-        return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return random_model("llama", seed, layers)
 
 
 def byte_tokenizer() -> Any:
@@ -60,12 +100,14 @@ def byte_tokenizer() -> Any:
     return fast
 
 
-def make_tiny(name: str = "tiny", *, open_weights: bool = True, weight_bits: int | None = None) -> Any:
+def make_tiny(
+    name: str = "tiny", *, open_weights: bool = True, weight_bits: int | None = None, family: str = "llama"
+) -> Any:
     """A validated tiny model that can be served."""
     from trocar.models.cache import Manifest
     from trocar.models.load import assemble
 
-    model = random_llama()
+    model = random_model(family)
     parameters = sum(p.numel() for p in model.parameters())
     manifest = Manifest(
         source="local",
@@ -97,6 +139,15 @@ def smollm2() -> Any:
 
     pull(SMOLLM2)
     return load(SMOLLM2)
+
+
+@pytest.fixture(scope="session")
+def gemma3_270m() -> Any:
+    from trocar.models.load import load
+    from trocar.models.pull import pull
+
+    pull(GEMMA3)
+    return load(GEMMA3)
 
 
 @dataclass(frozen=True)

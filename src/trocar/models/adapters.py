@@ -1,25 +1,21 @@
-"""Where each site lives in a Hugging Face model: one table of module paths per family.
+"""The sites of one live model: which module to hook, on which side, and which columns of what it carries.
 
-A `Tap` is a module and the side of it on which the site's tensor can be seen. `inplace` marks a tensor that
-the model uses twice, so that only a write into the tensor itself reaches both uses. An architecture without a
-table is refused; a site without a row, or one that failed validation, is refused by name with the reason.
-This module knows where sites are, not whether that is true: `validate` finds out.
+An adapter joins a model with the table of its family. A site without a row, or one that failed validation, is
+refused by name with the reason. This module knows where sites are, not whether that is true: `validate` finds out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from trocar import errors
+from trocar.models.families import Family, Side, family_of
 from trocar.sites import SITES, Site
-
-Side = Literal["input", "output"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,88 +26,21 @@ class Tap:
         module: the live module.
         side: "input" is its first positional argument, "output" its result (first element of a tuple).
         inplace: the tensor is used again elsewhere, so an edit must be written into it.
+        part: (i, n) when the site is the i-th of n equal runs of columns.
     """
 
     module: nn.Module
     side: Side
     inplace: bool = False
+    part: tuple[int, int] | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One row of a family's table: a module path (relative to the layer for a layered site) and a side."""
-
-    path: str
-    side: Side
-    inplace: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """How one architecture is built.
-
-    Attributes:
-        name: short name for people, for example "llama".
-        layers: path of the list of decoder layers.
-        unembed: path of the unembedding.
-        inner: path of the model without its unembedding.
-        places: site name to place.
-        unavailable: reason by name for every site that has no place.
-    """
-
-    name: str
-    inner: str
-    layers: str
-    unembed: str
-    places: Mapping[str, Place]
-    unavailable: Mapping[str, str]
-
-
-_PRE_NORM: Final = {
-    "embeddings": Place("model.embed_tokens", "output"),
-    "resid_pre": Place("", "input"),
-    "attn_in": Place("input_layernorm", "output"),
-    "q": Place("self_attn.q_proj", "output"),
-    "k": Place("self_attn.k_proj", "output"),
-    "v": Place("self_attn.v_proj", "output"),
-    "z": Place("self_attn.o_proj", "input"),
-    "attn_out": Place("self_attn", "output"),
-    # the decoder layer keeps this very tensor as `residual`: a replaced argument would reach only the MLP
-    "resid_mid": Place("post_attention_layernorm", "input", inplace=True),
-    "mlp_in": Place("post_attention_layernorm", "output"),
-    "mlp_act": Place("mlp.down_proj", "input"),
-    "mlp_out": Place("mlp", "output"),
-    "resid_post": Place("", "output"),
-    "final_norm": Place("model.norm", "output"),
-}
-_ABSENT: Final = {
-    "attn_probs": "this engine runs fused attention, which never forms the pattern",
-    "attn_out_post": "this family has no sandwich norm: use attn_out",
-    "mlp_out_post": "this family has no sandwich norm: use mlp_out",
-    "router_logits": "this is a dense model: it has no router",
-    "logits": "logits never leave as rows: use lens or logprobs",
-}
-FAMILIES: Final[Mapping[str, Family]] = MappingProxyType(
-    {
-        "LlamaForCausalLM": Family("llama", "model", "model.layers", "lm_head", _PRE_NORM, _ABSENT),
-    }
-)
-
-
-def family_of(architecture: str, path: str = "model") -> Family:
-    """The table for an architecture name.
-
-    Raises:
-        RunFailed: `model_unsupported`, with the list of architectures that have a table.
-    """
-    if architecture not in FAMILIES:
-        raise errors.refuse(
-            "model_unsupported",
-            path,
-            f"{architecture[:80]!r} has no site table; served are: {', '.join(sorted(FAMILIES))}",
-            closest=errors.closest(architecture, FAMILIES),
-        )
-    return FAMILIES[architecture]
+    def columns(self, whole: torch.Tensor) -> torch.Tensor:
+        """The site's columns of what the module carries, as a view: `[..., W]` to `[..., D]`."""
+        if self.part is None:
+            return whole
+        index, count = self.part
+        width = whole.shape[-1] // count
+        return whole[..., index * width : (index + 1) * width]
 
 
 @dataclass(frozen=True)
@@ -140,7 +69,7 @@ class SiteAdapter:
 
     @property
     def n_layers(self) -> int:
-        return len(self._layers)
+        return len(self.layers)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -164,9 +93,14 @@ class SiteAdapter:
         return found
 
     @property
-    def _layers(self) -> nn.ModuleList:
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, in order."""
         found: nn.ModuleList = self.model.get_submodule(self.family.layers)
         return found
+
+    def attention(self, layer: int) -> nn.Module:
+        """The module of a layer that calls the attention function; it knows its `layer_idx`."""
+        return self.part(layer, self.family.attention)
 
     def tap(self, site: Site, path: str = "site") -> Tap:
         """Where to hook for `site`.
@@ -179,15 +113,16 @@ class SiteAdapter:
             raise errors.refuse("site_unavailable", path, reason)
         place = self.family.places[site.name]
         if site.layer is None:
-            return Tap(self.model.get_submodule(place.path), place.side, place.inplace)
+            module: nn.Module = self.model.get_submodule(place.path)
+            return Tap(module, place.side, place.inplace, place.part)
         if site.layer >= self.n_layers:
             reason = f"{str(site)!r}: the model has {self.n_layers} layers, 0 to {self.n_layers - 1}"
             raise errors.refuse("layer_out_of_range", path, reason)
-        return Tap(self._layers[site.layer].get_submodule(place.path), place.side, place.inplace)
+        return Tap(self.part(site.layer, place.path), place.side, place.inplace, place.part)
 
     def part(self, layer: int, path: str) -> nn.Module:
         """A module of a layer by its path in the table, for checks that recompute a step."""
-        found: nn.Module = self._layers[layer].get_submodule(path)
+        found: nn.Module = self.layers[layer].get_submodule(path)
         return found
 
     def without(self, failed: Mapping[str, str]) -> SiteAdapter:

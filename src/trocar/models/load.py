@@ -18,8 +18,9 @@ import torch
 
 from trocar import errors
 from trocar.graph.facts import ModelFacts
-from trocar.models.adapters import SiteAdapter, family_of
+from trocar.models.adapters import SiteAdapter
 from trocar.models.cache import Manifest
+from trocar.models.families import family_of
 from trocar.models.pull import locate
 from trocar.models.text import Message, TextCodec
 from trocar.models.validate import validate
@@ -141,7 +142,7 @@ def _open(home: Path) -> tuple[Any, Any]:
 
 
 def _facts(adapter: SiteAdapter, tokenizer: Any, manifest: Manifest, name: str) -> ModelFacts:
-    config = adapter.model.config
+    config = adapter.model.config.get_text_config()
     heads = config.num_attention_heads
     return ModelFacts(
         name=name,
@@ -152,9 +153,9 @@ def _facts(adapter: SiteAdapter, tokenizer: Any, manifest: Manifest, name: str) 
         dtype=str(adapter.model.dtype).removeprefix("torch."),
         n_layers=adapter.n_layers,
         d_model=config.hidden_size,
-        d_mlp=config.intermediate_size,
+        d_mlp=_neurons(config),
         n_heads=heads,
-        n_kv_heads=config.num_key_value_heads,
+        n_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         d_head=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocab_size=config.vocab_size,
         context=config.max_position_embeddings,
@@ -164,6 +165,12 @@ def _facts(adapter: SiteAdapter, tokenizer: Any, manifest: Manifest, name: str) 
         unavailable=dict(adapter.unavailable),
         eos=_eos(adapter.model, tokenizer),
     )
+
+
+def _neurons(config: Any) -> int:
+    """Width of the MLP; GPT-2 calls it `n_inner`, and None there means four times the stream."""
+    known = config.n_inner if hasattr(config, "n_inner") else config.intermediate_size
+    return int(known or 4 * config.hidden_size)
 
 
 def _eos(model: Any, tokenizer: Any) -> tuple[int, ...]:

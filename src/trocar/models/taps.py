@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ Visitor = Callable[[torch.Tensor], torch.Tensor | None]
 def tapped(adapter: SiteAdapter, visitors: Mapping[Site, Visitor]) -> Iterator[None]:
     """Lets each visitor see, and replace, the tensor at its site during forward passes inside the block.
 
-    A visitor gets the live tensor `[batch, seq, width]` and returns None to leave it alone, or a tensor of
-    the same shape and dtype to put in its place. Without gradients it must copy what it wants to keep from an
-    in-place site, because a later write changes the tensor.
+    A visitor gets the live tensor `[batch, seq, width]` (for a part of a merged projection, a view of its own
+    columns) and returns None to leave it alone, or a tensor of the same shape and dtype to put in its place.
+    Without gradients it must copy what it wants to keep from an in-place site, because a later write changes
+    the tensor.
 
     Raises:
         ProgramError: `site_unavailable` or `layer_out_of_range`, before any hook is registered.
@@ -39,22 +41,23 @@ def tapped(adapter: SiteAdapter, visitors: Mapping[Site, Visitor]) -> Iterator[N
 
 
 def _hook(tap: Tap, visitor: Visitor) -> RemovableHandle:
+    visit = partial(_visit, tap, visitor)
     if tap.side == "input":
-        return tap.module.register_forward_pre_hook(_before(visitor, tap.inplace))
-    return tap.module.register_forward_hook(_after(visitor, tap.inplace))
+        return tap.module.register_forward_pre_hook(_before(visit))
+    return tap.module.register_forward_hook(_after(visit))
 
 
-def _before(visitor: Visitor, inplace: bool) -> Callable[[Any, Any], Any]:
+def _before(visit: Visitor) -> Callable[[Any, Any], Any]:
     def hook(_module: Any, args: Any) -> Any:
-        new = _visit(visitor, args[0], inplace)
+        new = visit(args[0])
         return None if new is None else (new, *args[1:])
 
     return hook
 
 
-def _after(visitor: Visitor, inplace: bool) -> Callable[[Any, Any, Any], Any]:
+def _after(visit: Visitor) -> Callable[[Any, Any, Any], Any]:
     def hook(_module: Any, _args: Any, output: Any) -> Any:
-        new = _visit(visitor, tensor_of(output), inplace)
+        new = visit(tensor_of(output))
         if new is None or not isinstance(output, tuple):
             return new
         return (new, *output[1:])
@@ -62,9 +65,10 @@ def _after(visitor: Visitor, inplace: bool) -> Callable[[Any, Any, Any], Any]:
     return hook
 
 
-def _visit(visitor: Visitor, live: torch.Tensor, inplace: bool) -> torch.Tensor | None:
+def _visit(tap: Tap, visitor: Visitor, whole: torch.Tensor) -> torch.Tensor | None:
     """Calls the visitor; returns what must replace the tensor, None when nothing must (or it is written)."""
-    if inplace and live.requires_grad:
+    live = tap.columns(whole)
+    if tap.inplace and live.requires_grad:
         _visit_inplace_with_grad(visitor, live)
         return None
     new = visitor(live)
@@ -72,10 +76,17 @@ def _visit(visitor: Visitor, live: torch.Tensor, inplace: bool) -> torch.Tensor 
         return None
     assert new.shape == live.shape, f"a visitor turned {tuple(live.shape)} into {tuple(new.shape)}"
     assert new.dtype == live.dtype, f"a visitor turned {live.dtype} into {new.dtype}"
-    if not inplace:
-        return new
-    live.copy_(new)
-    return None
+    if tap.inplace:
+        live.copy_(new)
+        return None
+    return new if tap.part is None else _merged(tap, whole, new)
+
+
+def _merged(tap: Tap, whole: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """A copy of the whole with the site's columns replaced: the other columns belong to other sites."""
+    copied = whole.clone()
+    tap.columns(copied).copy_(new)
+    return copied
 
 
 def _visit_inplace_with_grad(visitor: Visitor, live: torch.Tensor) -> None:

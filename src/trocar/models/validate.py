@@ -85,7 +85,7 @@ def relative(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def identities(adapter: SiteAdapter, layers: range | list[int]) -> Iterator[Identity]:
-    """The equations of a pre-norm transformer, for the given layers."""
+    """The equations of a pre-norm or sandwich-norm transformer, for the given layers."""
     for layer in layers:
         yield from _layer_identities(adapter, layer)
     last = Site("resid_post", adapter.n_layers - 1)
@@ -97,18 +97,28 @@ def _layer_identities(adapter: SiteAdapter, layer: int) -> Iterator[Identity]:
     def at(name: str) -> Site:
         return Site(name, layer)
 
-    part, places = partial(adapter.part, layer), adapter.family.places
+    def through(module: str, source: str, target: str, blamed: str) -> Identity:
+        """The module beside the place of one site takes `source` to `target`."""
+        return _through(adapter.part(layer, places[module].path), at(source), at(target), blamed=blamed)
+
+    places = adapter.family.places
+    attended, computed = ("attn_out", "mlp_out")
     if layer + 1 < adapter.n_layers:
         yield _same(Site("resid_pre", layer + 1), at("resid_post"))
-    yield _through(part(places["attn_in"].path), at("resid_pre"), at("attn_in"), blamed="attn_in")
+    yield through("attn_in", "resid_pre", "attn_in", "attn_in")
     for name in _ATTENDED:
-        yield _through(part(places[name].path), at("attn_in"), at(name), blamed=name)
-    yield _through(part(places["z"].path), at("z"), at("attn_out"), blamed="z")
-    yield _sum(at("resid_mid"), at("resid_pre"), at("attn_out"))
-    yield _through(part(places["mlp_in"].path), at("resid_mid"), at("mlp_in"), blamed="mlp_in")
-    yield _inside(part(places["mlp_out"].path), part(places["mlp_act"].path), at("mlp_in"), at("mlp_act"))
-    yield _through(part(places["mlp_act"].path), at("mlp_act"), at("mlp_out"), blamed="mlp_out")
-    yield _sum(at("resid_post"), at("resid_mid"), at("mlp_out"))
+        yield _projected(adapter, at("attn_in"), at(name))
+    yield through("z", "z", "attn_out", "z")
+    if adapter.family.sandwich:
+        attended, computed = ("attn_out_post", "mlp_out_post")
+        yield through(attended, "attn_out", attended, attended)
+        yield through(computed, "mlp_out", computed, computed)
+    yield _sum(at("resid_mid"), at("resid_pre"), at(attended))
+    yield through("mlp_in", "resid_mid", "mlp_in", "mlp_in")
+    block, inner = adapter.part(layer, places["mlp_out"].path), adapter.part(layer, places["mlp_act"].path)
+    yield _inside(block, inner, at("mlp_in"), at("mlp_act"))
+    yield through("mlp_act", "mlp_act", "mlp_out", "mlp_out")
+    yield _sum(at("resid_post"), at("resid_mid"), at(computed))
 
 
 def _same(target: Site, source: Site) -> Identity:
@@ -125,6 +135,15 @@ def _sum(target: Site, base: Site, added: Site) -> Identity:
 def _through(module: nn.Module, source: Site, target: Site, *, blamed: str) -> Identity:
     text = f"{target} == {type(module).__name__}({source})"
     return Identity(text, (blamed,), target, (source,), lambda s: tensor_of(module(s[source])))
+
+
+def _projected(adapter: SiteAdapter, source: Site, target: Site) -> Identity:
+    """A projection, or the site's columns of a merged one."""
+    tap = adapter.tap(target)
+    text = f"{target} == {type(tap.module).__name__}({source})"
+    return Identity(
+        text, (target.name,), target, (source,), lambda s: tap.columns(tensor_of(tap.module(s[source])))
+    )
 
 
 def _inside(block: nn.Module, inner: nn.Module, source: Site, target: Site) -> Identity:

@@ -88,7 +88,7 @@ def test_quantised_weights_are_refused(tiny_dir: Path) -> None:
 
 
 def test_another_architecture_is_refused_before_it_is_loaded(tiny_dir: Path) -> None:
-    rewrite(tiny_dir / "config.json", architectures=["GPT2LMHeadModel"])
+    rewrite(tiny_dir / "config.json", architectures=["BloomForCausalLM"])
     with pytest.raises(errors.RunFailed, match="no site table"):
         load(tiny_dir)
 

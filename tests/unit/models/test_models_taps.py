@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from trocar import errors
-from trocar.models.adapters import SiteAdapter, family_of
+from trocar.models.adapters import SiteAdapter
+from trocar.models.families import family_of
 from trocar.models.taps import tapped
 from trocar.sites import Site, parse
 
@@ -153,7 +154,7 @@ def test_a_replacement_of_another_shape_is_a_broken_invariant(
 
 def test_an_unknown_architecture_is_refused_with_the_list() -> None:
     with pytest.raises(errors.RunFailed) as e:
-        family_of("GPT2LMHeadModel")
+        family_of("BloomForCausalLM")
     assert e.value.code == "model_unsupported"
     assert "LlamaForCausalLM" in e.value.reason
 
