@@ -80,7 +80,7 @@ def mean(node: ops.Mean, walk: Walk, path: str) -> Value:
         )
     require_counted(value, node.of, f"{path}.of")
     walk.whole = walk.whole or value.live
-    kind = kind_of(Structure.PROMPT, value.content) or value.kind
+    kind = kind_of(Structure.PROMPT, value.content)
     counts = (1,) * len(value.counts)
     return replace(value, kind=kind, counts=counts, at=None, form="made", crossed=value.live)
 

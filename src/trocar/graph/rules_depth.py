@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trocar import errors, sites
+from trocar import errors
 from trocar.graph import ops
 from trocar.graph.program import Program
 from trocar.graph.rules_sites import PATTERN
@@ -38,9 +38,9 @@ def reach(program: Program, walk: Walk) -> Reach:
     """What an accepted program needs."""
     n_layers = walk.scope.model.n_layers
     generates = walk.scope.generation.max_new_tokens > 0
-    needs = [layers(node, n_layers) for node in program.nodes]
+    needs = [layers(node, walk) for node in program.nodes]
     depth = max(*needs, n_layers if generates else 0, 0)
-    at = [sites.parse(node.site).name for node in program.nodes if isinstance(node, AT_SITES)]
+    at = [walk.site(node.site, "").name for node in program.nodes if isinstance(node, AT_SITES)]
     return Reach(
         depth if walk.stop is None else walk.stop + 1,
         generates or "final_norm" in at or any(isinstance(n, OF_LOGITS) for n in program.nodes),
@@ -48,13 +48,14 @@ def reach(program: Program, walk: Walk) -> Reach:
     )
 
 
-def layers(node: ops.Node, n_layers: int) -> int:
-    """How many layers a node needs."""
+def layers(node: ops.Node, walk: Walk) -> int:
+    """How many layers an accepted node needs."""
+    n_layers = walk.scope.model.n_layers
     if isinstance(node, OF_LOGITS):
         return n_layers
     if not isinstance(node, AT_SITES):
         return 0
-    site = sites.parse(node.site)
+    site = walk.site(node.site, "")
     if site.layer is not None:
         return site.layer + 1
     return 0 if site.spec.phase == 0 else n_layers
@@ -62,7 +63,7 @@ def layers(node: ops.Node, n_layers: int) -> int:
 
 def beyond_stop(program: Program, walk: Walk, refused: set[str]) -> Iterator[errors.Refusal]:
     """One refusal for each node that needs a layer after the stop."""
-    n_layers, stop = walk.scope.model.n_layers, walk.stop
+    stop = walk.stop
     if stop is None:
         return
     step = f"Stop later, or leave it out; layers 0 to {stop} are computed."
@@ -70,7 +71,7 @@ def beyond_stop(program: Program, walk: Walk, refused: set[str]) -> Iterator[err
         why = f"a program that stops after layer {stop} gives no next token, and so generates nothing"
         yield errors.refusal("after_stop", "generation.max_new_tokens", why, next_step=step)
     for i, node in enumerate(program.nodes):
-        if node.id in refused or layers(node, n_layers) <= stop + 1:
+        if node.id in refused or layers(node, walk) <= stop + 1:
             continue
         field = ".site" if isinstance(node, AT_SITES) else ""
         yield errors.refusal("after_stop", f"program.nodes[{i}]{field}", _why(node, stop), next_step=step)

@@ -101,9 +101,9 @@ class Value:
         return self.form == "read"
 
 
-def kind_of(structure: Structure, content: Content) -> Kind | None:
-    """The kind of a structure and a content, None where the language has none."""
-    return _KINDS.get((structure, content))
+def kind_of(structure: Structure, content: Content) -> Kind:
+    """The kind of a structure and a content; there is no single number for a request."""
+    return _KINDS[structure, content]
 
 
 def combine(a: Value, b: Value, path: str) -> Value:
@@ -123,23 +123,16 @@ def joined(values: Sequence[Value], content: Content, width: int, path: str) -> 
     """The value of a row-by-row op: the widest structure of its operands, with another content and width.
 
     Raises:
-        ProgramError: `rows_mismatch`, or `wrong_operand` where one number for the request would result.
+        ProgramError: `rows_mismatch`.
     """
     shape = max(values, key=lambda v: (v.structure, v.at is not None))
-    kind = kind_of(shape.structure, content)
-    if kind is None:
-        raise errors.refuse(
-            "wrong_operand",
-            path,
-            f"this needs rows, or one row per prompt, on one side, not only {shape.kind}",
-        )
     rows = [v for v in values if v.structure is Structure.ROW]
     for value in rows:
         if value is not shape:
             require_aligned(shape, value.at, value.counts, value.gen, path)
     selectors = {v.at for v in rows if v.live}
     return Value(
-        kind,
+        kind_of(shape.structure, content),
         width,
         join(*(v.label for v in values)),
         shape.counts,

@@ -7,7 +7,8 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from graph_room import ACTS, HANDLES, PRICES, PROBE, Case, node, program, read
+from graph_drafts import drafts
+from graph_room import HANDLES, PRICES, Case, node, program, read
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,114 +19,8 @@ from trocar.graph.program import Generation, Program
 from trocar.graph.scope import Scope
 from trocar.graph.spec import SPEC
 
-LAYERED = {"resid_post": 8, "resid_pre": 8, "mlp_out": 8, "mlp_act": 16, "v": 4}
 NEW = 4
-PROMPT_AT = ("prompt[-1]", "prompt[0]", "prompt[1:3]", "prompt[:-1]", "prompt[*]")
-GEN_AT = ("gen[*]", "gen[0:2]", "gen[1]", "all")
 FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-class Draft:
-    """Writes a legal program, remembering of each value what the language says about it."""
-
-    def __init__(self, draw: st.DrawFn, lengths: tuple[int, ...]) -> None:
-        self.draw = draw
-        self.lengths = lengths
-        self.nodes: list[dict[str, Any]] = []
-        self.values: dict[str, tuple[str, int, str | None, int]] = {}  # kind, width, selector, layer known at
-
-    def pick(self, options: Any) -> Any:
-        return self.draw(st.sampled_from(list(options)))
-
-    def add(self, op: str, value: tuple[str, int, str | None, int] | None = None, /, **fields: Any) -> str:
-        name = f"x{len(self.nodes)}"
-        self.nodes.append(node(op, name, **fields))
-        if value is not None:
-            self.values[name] = value
-        return name
-
-    def site(self) -> tuple[str, int, int]:
-        name, layer = self.pick(LAYERED), self.draw(st.integers(0, 3))
-        return f"{name}.{layer}", LAYERED[name], layer
-
-    def read(self, at: str | None = None) -> str:
-        text, width, layer = self.site()
-        at = at or self.pick(PROMPT_AT + GEN_AT)
-        return self.add("read", ("rows", width, at, layer), site=text, at=at)
-
-    def constant(self) -> None:
-        kind = self.draw(st.integers(0, 2))
-        if kind == 0:
-            self.add("tensor", ("vector", 8, None, -1), name="v")
-        elif kind == 1:
-            self.add("vector", ("vector", 8, None, -1), handle=PROBE, site="resid_post.1")
-        elif len(self.lengths) == 2:
-            self.add("stored", ("stored", 16, None, -1), handle=ACTS, site="mlp_act.2")
-
-    def arithmetic(self) -> None:
-        a = self.pick(self.values)
-        kind, width, at, layer = self.values[a]
-        same = [
-            b
-            for b, v in self.values.items()
-            if v[1] == width and (v[0] == "vector" or v[:3] == (kind, width, at))
-        ]
-        verb = self.draw(st.integers(0, 3))
-        if verb == 0:
-            self.add("scale", self.values[a], of=a, by=self.draw(st.floats(-1e6, 1e6)))
-        elif verb == 1 and same:
-            b = self.pick(same)
-            self.add(self.pick(("add", "sub")), (kind, width, at, max(layer, self.values[b][3])), a=a, b=b)
-        elif verb == 2 and same and kind in ("rows", "stored"):
-            b = self.pick(same)
-            self.add("dot", ("scalars", 1, at, max(layer, self.values[b][3])), a=a, b=b)
-        elif verb == 3 and kind in ("rows", "stored") and at not in GEN_AT:
-            self.add("mean", ("per_prompt", width, None, layer), of=a)
-
-    def edit(self) -> None:
-        text, width, layer = self.site()
-        at = self.pick(PROMPT_AT + GEN_AT)
-        # a value of an earlier layer goes anywhere; one of a later layer only where it is per prompt, at gen
-        legal = [
-            name
-            for name, (kind, w, value_at, known) in self.values.items()
-            if w == width
-            and (kind == "vector" or ((kind == "per_prompt" or (kind == "rows" and value_at == at)) and known < layer)
-                 or (kind == "per_prompt" and at in ("gen[*]", "gen[0:2]", "gen[1]")))
-        ]  # fmt: skip
-        if not legal:
-            self.add("edit.scale", site=text, at=at, by=0.5)
-            return
-        op = self.pick(("edit.add", "edit.set", "edit.project_out"))
-        self.add(op, site=text, at=at, value=self.pick(legal))
-
-    def output(self) -> None:
-        rows = [n for n, v in self.values.items() if v[0] in ("rows", "per_prompt", "stored") and v[1] == 8]
-        numbers = [n for n, v in self.values.items() if v[0] == "scalars"]
-        verb = self.draw(st.integers(0, 4))
-        if verb == 0 and rows:
-            self.add("lens", of=[self.pick(rows)], top_k=self.draw(st.integers(1, 20)))
-        elif verb == 1 and numbers:
-            self.add("score", of=self.pick(numbers))
-        elif verb == 2:
-            self.add("text")
-        elif verb == 3:
-            self.add("capture", of=[self.read()])
-        else:
-            self.add("logprobs", at=self.pick(PROMPT_AT + GEN_AT), tokens=["a", 7])
-
-
-@st.composite
-def drafts(draw: st.DrawFn) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
-    lengths = tuple(draw(st.lists(st.integers(4, 12), min_size=1, max_size=3)))
-    draft = Draft(draw, lengths)
-    draft.read("prompt[-1]")
-    for step in draw(
-        st.lists(st.sampled_from(("read", "constant", "arithmetic", "edit", "output")), max_size=14)
-    ):
-        getattr(draft, step)()
-    draft.output()
-    return draft.nodes, lengths
 
 
 def scope(lengths: tuple[int, ...]) -> Scope:
