@@ -76,16 +76,14 @@ def test_a_broken_pool_is_noticed() -> None:
 def _kept(kv: KV, cache: PrefixCache, tokens: list[int], tenant: str = "a") -> bool:
     slot = kv.take(len(tokens))
     _fill(slot, len(tokens), float(tokens[0]))
-    keys = block_keys(tenant, tokens, len(tokens), cache.block_tokens)
-    if cache.keep(slot, keys):
-        return True
+    kept = cache.keep(slot, block_keys(tenant, tokens, len(tokens), cache.block_tokens))
     kv.give(slot)
-    return False
+    return kept
 
 
 def test_the_longest_kept_prefix_is_found() -> None:
     kv = KV(SHAPE, 4096)
-    cache = PrefixCache(kv)
+    cache = PrefixCache(kv, 4096)
     assert _kept(kv, cache, list(range(40)))
     assert not _kept(kv, cache, list(range(40)))  # twice is once
     assert _kept(kv, cache, [*range(32), *range(100, 116)])
@@ -101,14 +99,14 @@ def test_the_longest_kept_prefix_is_found() -> None:
 
 def test_a_stranger_never_finds_it() -> None:
     kv = KV(SHAPE, 4096)
-    cache = PrefixCache(kv)
+    cache = PrefixCache(kv, 4096)
     assert _kept(kv, cache, list(range(40)), "a")
     assert cache.find(block_keys("b", list(range(40)), 40, 16), 40) is None
 
 
 def test_the_least_recently_used_goes_first() -> None:
     kv = KV(SHAPE, 4096)
-    cache = PrefixCache(kv)
+    cache = PrefixCache(kv, 4096)
     for start in (0, 100, 200):
         _kept(kv, cache, list(range(start, start + 20)))
     first = block_keys("a", list(range(20)), 20, 16)
@@ -124,9 +122,32 @@ def test_the_least_recently_used_goes_first() -> None:
 
 def test_a_shared_block_outlives_the_slot_that_also_had_it() -> None:
     kv = KV(SHAPE, 4096)
-    cache = PrefixCache(kv)
+    cache = PrefixCache(kv, 4096)
     _kept(kv, cache, list(range(40)))
     _kept(kv, cache, [*range(16), *range(500, 516)])
     own = block_keys("a", [*range(16), *range(500, 516)], 32, 16)
     assert cache.evict()
     assert cache.find(own, 32)[1] == 32
+
+
+def test_the_cache_stays_within_its_share() -> None:
+    kv = KV(SHAPE, 4096)
+    cache = PrefixCache(kv, 128)
+    for start in (0, 100, 200):
+        assert _kept(kv, cache, list(range(start, start + 20)))
+        assert cache.kept_tokens <= 128
+    assert not _kept(kv, cache, list(range(500)))
+    assert kv.check() == []
+
+
+def test_what_is_kept_is_a_copy_in_a_pool_of_its_own() -> None:
+    kv = KV(SHAPE, 4096)
+    cache = PrefixCache(kv, 4096)
+    live = kv.take(40)
+    _fill(live, 40, 7.0)
+    cache.keep(live, block_keys("a", list(range(40)), 40, 16))
+    found = cache.find(block_keys("a", list(range(40)), 40, 16), 40)
+    assert found is not None
+    assert found[0].pool is not live.pool
+    _fill(live, 40, 8.0)
+    assert bool((found[0].keys(0)[:, :32] == 7.0).all())

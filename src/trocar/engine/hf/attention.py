@@ -103,14 +103,14 @@ class Rows:
 
 
 def _decode(pool: Pool, single: Sequence[Segment]) -> Decode:
-    here = [s for s in single if s.slot.pool is pool]
+    here = sorted((s for s in single if s.slot.pool is pool), key=lambda s: s.slot.index)
     slots = torch.tensor([s.slot.index for s in here])
     return Decode(
         pool,
         torch.tensor([s.start for s in here]),
         slots,
         torch.tensor([s.first for s in here]),
-        slots.tolist() == list(range(len(pool.slots))),
+        len(here) == len(pool.slots),
     )
 
 

@@ -44,7 +44,7 @@ class HFEngine:
         self._body, shape = _body(loaded)
         self._facts = validate_packing(loaded, self._body, shape)
         kv = KV(shape, self._limits.kv_tokens)
-        self._scheduler = Scheduler(self._limits, kv, PrefixCache(kv))
+        self._scheduler = Scheduler(self._limits, kv, PrefixCache(kv, self._limits.kv_tokens // 4))
         self._wake = threading.Condition()
         self._closing = False
         self._over = False

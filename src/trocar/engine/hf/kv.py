@@ -106,12 +106,12 @@ class Pool:
 
 
 class KV:
-    """Slots by capacity: 64, 128, 256, ... tokens."""
+    """Slots by capacity: 64, 128, 256, ... tokens. Kept prefixes lie in pools of their own, out of every step's way."""
 
     def __init__(self, shape: KVShape, limit_tokens: int) -> None:
         self.shape = shape
         self.limit_tokens = limit_tokens
-        self._pools: dict[int, Pool] = {}
+        self._pools: dict[tuple[int, bool], Pool] = {}
 
     @property
     def used_tokens(self) -> int:
@@ -130,14 +130,17 @@ class KV:
             size *= 2
         return size
 
-    def fits(self, tokens: int) -> bool:
-        return self.used_tokens + self.capacity(tokens) <= self.limit_tokens
+    def fits(self, tokens: int, instead_of: Slot | None = None) -> bool:
+        """Whether a slot for `tokens` can be taken, after giving another one back."""
+        given = 0 if instead_of is None else instead_of.pool.capacity_tokens
+        return self.used_tokens - given + self.capacity(tokens) <= self.limit_tokens
 
-    def take(self, tokens: int) -> Slot:
+    def take(self, tokens: int, *, kept: bool = False) -> Slot:
+        """A slot for a live sequence, or for a `kept` prefix."""
         size = self.capacity(tokens)
-        if size not in self._pools:
-            self._pools[size] = Pool(self.shape, size)
-        return self._pools[size].take()
+        if (size, kept) not in self._pools:
+            self._pools[size, kept] = Pool(self.shape, size)
+        return self._pools[size, kept].take()
 
     def give(self, slot: Slot) -> None:
         slot.pool.give(slot)
@@ -189,7 +192,8 @@ class PrefixCache:
     tenant's plain tokens gave, nothing else.
     """
 
-    def __init__(self, kv: KV, block_tokens: int = 16) -> None:
+    def __init__(self, kv: KV, limit_tokens: int, block_tokens: int = 16) -> None:
+        self.limit_tokens = limit_tokens
         self.block_tokens = block_tokens
         self._kv = kv
         self._by_key: dict[bytes, tuple[Kept, int]] = {}
@@ -215,15 +219,24 @@ class PrefixCache:
         return None
 
     def keep(self, slot: Slot, keys: Sequence[bytes]) -> bool:
-        """Takes a slot over when it holds blocks that are not kept yet; False leaves it with the caller."""
-        if not keys or keys[-1] in self._by_key:
+        """Copies the blocks of a slot that are not kept yet; False when there are none, or no room."""
+        tokens = len(keys) * self.block_tokens
+        if not keys or keys[-1] in self._by_key or not self._make_room(self._kv.capacity(tokens)):
             return False
         self._clock += 1
-        kept = Kept(slot, tuple(keys), self._clock)
+        own = self._kv.take(tokens, kept=True)
+        self._kv.copy(slot, own, tokens, range(self._kv.shape.layers))
+        kept = Kept(own, tuple(keys), self._clock)
         self._kept.append(kept)
         for number, key in enumerate(keys, start=1):
             self._by_key.setdefault(key, (kept, number))
         return True
+
+    def _make_room(self, tokens: int) -> bool:
+        while self.kept_tokens + tokens > self.limit_tokens:
+            if not self.evict():
+                return False
+        return self._kv.fits(tokens)
 
     def evict(self, spare: Slot | None = None) -> bool:
         """Gives the least recently used slot back, never `spare`; False when there is none."""
@@ -233,7 +246,7 @@ class PrefixCache:
         oldest = min(loose, key=lambda k: k.used)
         self._kept.remove(oldest)
         for key in oldest.keys:
-            if self._by_key[key][0] is oldest:
+            if key in self._by_key and self._by_key[key][0] is oldest:
                 del self._by_key[key]
         self._kv.give(oldest.slot)
         return True

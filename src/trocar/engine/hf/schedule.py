@@ -259,7 +259,7 @@ class Scheduler:
         slot = sequence.slot
         if slot is None:
             return False
-        while tokens > slot.pool.capacity_tokens and not self.kv.fits(tokens):
+        while tokens > slot.pool.capacity_tokens and not self.kv.fits(tokens, slot):
             if not self.cache.evict() and self._preempt_youngest() is sequence:
                 return False
         sequence.slot = self.kv.grown(slot, tokens)
@@ -284,11 +284,9 @@ class Scheduler:
             return
         plain = min(first_row(sequence.live, sequence.prompt, reads=False), sequence.fed)
         every_layer = sequence.live.task.checked.depth == self.kv.shape.layers
-        keeps = self.limits.prefix_cache and every_layer
-        if not (keeps and self.cache.keep(slot, self._keys(sequence, plain))):
-            self.kv.give(slot)
-        while self.cache.kept_tokens * 4 > self.limits.kv_tokens:
-            self.cache.evict()
+        if self.limits.prefix_cache and every_layer:
+            self.cache.keep(slot, self._keys(sequence, plain))
+        self.kv.give(slot)
 
     # ---- shared prefixes ----
 
