@@ -114,7 +114,7 @@ class Gate:
             return release.replay(admitted.payload, charge)
         return Hold(admitted, cost, token_bits(facts))
 
-    def release(self, hold: Hold, result: r.RunResult) -> Released:
+    def release(self, hold: Hold, result: r.RunResult | r.SessionResult) -> Released:
         """Quantises, counts and charges a result; the bytes exist only after the charge is on disk.
 
         Raises:

@@ -24,6 +24,8 @@ _SEAL: Final = object()
 _MANTISSA: Final = 23
 _SIGN_AND_EXPONENT: Final = 9
 _LARGEST: Final = 1e38
+# What a request costs besides its outputs.
+_SHARED: Final = ("overhead", "receipts", "lengths")
 # The field that holds an output's numbers, nested or not.
 _NUMBERS: Final[Mapping[type[r.Output], str]] = {
     r.LensOutput: "logprobs",
@@ -94,37 +96,80 @@ class Priced:
     bits: int
 
 
-def prepare(result: r.RunResult, cost: Cost, token_bits: int, scalar_bits: int) -> Priced:
+def prepare(result: r.RunResult | r.SessionResult, cost: Cost, token_bits: int, scalar_bits: int) -> Priced:
     """Quantises and counts a result.
 
     Args:
         result: outputs with float32 precision; `receipt.released_bits` is filled in here.
-        cost: the static cost that was reserved.
+        cost: the static cost that was reserved. The prices of a session's step i stand under `stepi.`; the
+            overhead, which is one, counts in the first.
 
     Raises:
         RunFailed: `result_not_finite`.
         ServerFault: `internal` if any output counts more bits than its static price: nothing leaves.
     """
-    shared: tuple[str, ...] = ("overhead", "receipts", "lengths")
-    counts = {name: cost.bits_out[name] for name in shared if name in cost.bits_out}
-    if 2 * scalar_bits * len(result.receipt.edits) > counts.get("receipts", 0):
+    if isinstance(result, r.RunResult):
+        final, bits = _final(result, cost.bits_out, token_bits, scalar_bits)
+        return Priced(_encode(final, _absent(final)), bits)
+    priced = [
+        _final(step, _step_prices(cost.bits_out, i), token_bits, scalar_bits)
+        for i, step in enumerate(result.steps)
+    ]
+    steps = tuple(final for final, _ in priced)
+    absent = {"steps": {i: _absent(step) for i, step in enumerate(steps)}}
+    return Priced(_encode(r.SessionResult(steps=steps), absent), sum(bits for _, bits in priced))
+
+
+def _step_prices(prices: Mapping[str, int], index: int) -> dict[str, int]:
+    prefix = f"step{index}."
+    mine = {n.removeprefix(prefix): bits for n, bits in prices.items() if n.startswith(prefix)}
+    return mine if index else {"overhead": prices["overhead"], **mine}
+
+
+def _final(
+    result: r.RunResult, prices: Mapping[str, int], token_bits: int, scalar_bits: int
+) -> tuple[r.RunResult, int]:
+    """The result as it leaves, and its bits; the outputs of a sweep's variants share one price."""
+    counts = {name: prices[name] for name in _SHARED if name in prices}
+    n_edits = len(result.receipt.edits) + sum(len(v.edits) for v in result.sweep)
+    if 2 * scalar_bits * n_edits > counts.get("receipts", 0):
         raise errors.refuse("internal", "receipts", "the receipts are larger than their price")
-    outputs: dict[str, r.Output] = {}
-    for name, output in result.outputs.items():
-        if name in counts or name not in cost.bits_out:
-            raise errors.refuse("internal", name, "an output without a price")
-        outputs[name] = quantise(output, scalar_bits)
-        counts[name] = measure(output, token_bits, scalar_bits)
-        if counts[name] > cost.bits_out[name]:
-            raise errors.refuse("internal", name, "an output is larger than its price")
-    receipt = result.receipt.model_copy(
+    for outputs in (result.outputs, *(v.outputs for v in result.sweep)):
+        for name, output in outputs.items():
+            if name in _SHARED or name not in prices:
+                raise errors.refuse("internal", name, "an output without a price")
+            counts[name] = counts.get(name, 0) + measure(output, token_bits, scalar_bits)
+            if counts[name] > prices[name]:
+                raise errors.refuse("internal", name, "an output is larger than its price")
+    receipt = {"released_bits": counts, "edits": _receipts(result.receipt.edits, scalar_bits)}
+    final = {
+        "outputs": _quantised(result.outputs, scalar_bits),
+        "receipt": result.receipt.model_copy(update=receipt),
+        "sweep": tuple(_variant(v, scalar_bits) for v in result.sweep),
+    }
+    return result.model_copy(update=final), sum(counts.values())
+
+
+def _variant(variant: r.VariantResult, scalar_bits: int) -> r.VariantResult:
+    return variant.model_copy(
         update={
-            "released_bits": counts,
-            "edits": tuple(_receipt(e, scalar_bits) for e in result.receipt.edits),
+            "outputs": _quantised(variant.outputs, scalar_bits),
+            "edits": _receipts(variant.edits, scalar_bits),
         }
     )
-    final = result.model_copy(update={"outputs": outputs, "receipt": receipt})
-    return Priced(_encode(final), sum(counts.values()))
+
+
+def _quantised(outputs: Mapping[str, r.Output], scalar_bits: int) -> dict[str, r.Output]:
+    return {name: quantise(output, scalar_bits) for name, output in outputs.items()}
+
+
+def _receipts(edits: tuple[r.EditReceipt, ...], scalar_bits: int) -> tuple[r.EditReceipt, ...]:
+    return tuple(_receipt(e, scalar_bits) for e in edits)
+
+
+def _absent(result: r.RunResult) -> dict[str, Any]:
+    """Fields that are left out: a run that is no sweep says nothing of one."""
+    return {} if result.sweep else {"sweep": True}
 
 
 def seal(priced: Priced, settle: Callable[[int, bytes], r.Charge]) -> Released:
@@ -228,5 +273,5 @@ def round_to_bits(values: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.
     return kept.view(np.float32)
 
 
-def _encode(model: Strict) -> bytes:
-    return model.model_dump_json().encode()
+def _encode(model: Strict, absent: dict[str, Any] | None = None) -> bytes:
+    return model.model_dump_json(exclude=absent or None).encode()

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from trocar.graph.ops import HandleText
 from trocar.graph.program import Generation, Program
+from trocar.graph.sweep import Axis
 from trocar.strict import Strict
 
 MAX_TEXT = 200_000
@@ -50,6 +51,7 @@ class RunRequest(Strict):
         program: the typed graph.
         generation: how tokens are generated after each prompt.
         masks: by name, for each prompt and each of its tokens, whether `mask("name")` selects it.
+        sweep: axes whose product the program runs over.
     """
 
     model: Name
@@ -57,6 +59,22 @@ class RunRequest(Strict):
     program: Program
     generation: Generation = Generation()
     masks: Masks = Field(default_factory=dict)
+    sweep: Annotated[tuple[Axis, ...], Field(max_length=8, fail_fast=True)] = ()
+
+
+class SessionRequest(Strict):
+    """Programs that run one after another in one job; a later one may use what an earlier one captured.
+
+    In step 1 and after, a `stored` node names the capture `kept` of step 0 as the handle `step0.kept`. An array
+    that step i names `v` rides beside the request under the name `stepi.v`.
+
+    Attributes:
+        steps: requests to one model.
+        keep: whether captures stay as handles; otherwise they are deleted when the session ends.
+    """
+
+    steps: Annotated[tuple[RunRequest, ...], Field(min_length=1, max_length=16, fail_fast=True)]
+    keep: bool = False
 
 
 class FitRequest(Strict):

@@ -48,9 +48,11 @@ class PlanView(Public):
         prompts: number of prompts.
         lengths: tokens of each prompt.
         cost: static cost.
-        outputs: `(id, op, declassifier, bits)` per output.
-        edits: `(id, op, site, selector, rows)` per edit; rows of generated tokens are an upper bound.
+        outputs: `(id, op, declassifier, bits)` per output, over all variants of a sweep.
+        edits: `(id, op, site, selector, rows)` per edit, of a sweep's first variant; rows of generated tokens
+            are an upper bound.
         admitted: whether the budget has room.
+        variants: programs that run: 1 without a sweep.
     """
 
     model: str
@@ -62,6 +64,7 @@ class PlanView(Public):
     edits: tuple[EditPlan, ...]
     budget: BudgetView
     admitted: bool
+    variants: int = 1
 
 
 class OutputPlan(Strict):
@@ -83,7 +86,7 @@ class JobView(Public):
     """State of a job. `refusals` is set when it FAILED."""
 
     job: str
-    kind: Literal["run", "fit"]
+    kind: Literal["run", "fit", "session"]
     state: JobState
     done: int
     total: int
@@ -334,12 +337,37 @@ class Receipt(Strict):
     reserved_bits: int
 
 
+class VariantResult(Strict):
+    """What one variant of a sweep released.
+
+    Attributes:
+        settings: values by `node.field`.
+        edits: what its edits really did.
+    """
+
+    settings: dict[str, int | float | str]
+    outputs: dict[str, Output]
+    edits: tuple[EditReceipt, ...]
+
+
 class RunResult(Strict):
-    """Everything one request released. `tokens` are the prompts' token texts, [prompt][position]."""
+    """Everything one request released. `tokens` are the prompts' token texts, [prompt][position].
+
+    Attributes:
+        outputs: by name; empty for a sweep.
+        sweep: every variant of a sweep, the last axis changing fastest; absent when there is none.
+    """
 
     outputs: dict[str, Output]
     tokens: tuple[tuple[str, ...], ...]
     receipt: Receipt
+    sweep: tuple[VariantResult, ...] = ()
+
+
+class SessionResult(Strict):
+    """What the steps of a session released, in order."""
+
+    steps: tuple[RunResult, ...]
 
 
 class Charge(Public):

@@ -213,7 +213,7 @@ def test_variants_may_differ_in_what_they_price() -> None:
     [
         ([("steer", "coef", 1, 2)], PROGRAM, 1),
         ([("steer", "layer", 2, 3)], PROGRAM, 2),
-        ([("steer", "site", "resid_pre.3", "v.2")], PROGRAM, 2),
+        ([("steer", "site", "resid_pre.3", "attn_out.2")], PROGRAM, 2),
         ([("steer", "site", "resid_pre.3", "embeddings")], PROGRAM, 0),
         ([("steer", "at", "prompt[0]", "prompt[1]")], PROGRAM, 1),
         ([("steer", "value", "v", "w")], PROGRAM, 1),
