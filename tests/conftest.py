@@ -41,7 +41,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 12},
     "gemma3": {"head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 12},
-    "gpt2": {"n_inner": None},
+    "gpt2": {"n_inner": None, "num_key_value_heads": None},
 }
 FAMILIES = tuple(_OWN)
 
@@ -55,7 +55,7 @@ def random_model(family: str = "llama", seed: int = 7, layers: int = 4) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(_MODEL_TYPES.get(family, family), **_SIZES, **_OWN[family])
+    config = AutoConfig.for_model(_MODEL_TYPES.get(family, family), **(_SIZES | _OWN[family]))
     config.num_hidden_layers = layers
     if family == "gemma3":
         config.layer_types = [
@@ -130,6 +130,12 @@ def make_tiny(
 @pytest.fixture(scope="session")
 def tiny() -> Any:
     return make_tiny()
+
+
+@pytest.fixture(scope="session")
+def tiny_of() -> Callable[..., Any]:
+    """Makes tiny models: `tiny_of("name", family="gemma3")`."""
+    return make_tiny
 
 
 @pytest.fixture(scope="session")

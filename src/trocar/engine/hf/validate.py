@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from trocar import errors
-from trocar.engine.hf.attention import Rows, Segment
+from trocar.engine.hf.attention import NAME, Rows, Segment
 from trocar.engine.hf.kv import KV, KVShape, Slot
 from trocar.engine.hf.stages import Stage
 from trocar.engine.hf.step import Body
@@ -74,9 +74,13 @@ def _with_patterns(facts: ModelFacts) -> ModelFacts:
 
 
 def _alone(loaded: Loaded, prompt: list[int]) -> torch.Tensor:
-    hidden: torch.Tensor = loaded.adapter.inner(
-        input_ids=torch.tensor([prompt]), use_cache=False
-    ).last_hidden_state
+    """The rows after the last norm by the library's own eager attention, with its own masks."""
+    loaded.model.set_attn_implementation("eager")
+    try:
+        out = loaded.adapter.inner(input_ids=torch.tensor([prompt]), use_cache=False)
+    finally:
+        loaded.model.set_attn_implementation(NAME)
+    hidden: torch.Tensor = out.last_hidden_state
     return hidden[0]
 
 
