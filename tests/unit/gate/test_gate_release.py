@@ -286,3 +286,21 @@ def test_the_description_and_a_replay() -> None:
     assert json.loads(release.document({"openapi": "3.1"}).payload) == {"openapi": "3.1"}
     out = release.replay(b"same", CHARGE)
     assert (out.payload, out.status, out.charge) == (b"same", 200, CHARGE)
+
+
+def test_metrics_patterns_and_masks_are_rounded_and_counted() -> None:
+    metric = r.MetricOutput(metric="kl", values=(0.1, 0.3))
+    pattern = r.PatternOutput(
+        prompts=(0,), positions=(1,), heads=(0, 1), keys=((0, 1, 2),), probs=(((0.1, 0.2, 0.7), (1.0, 0.0, 0.0)),)
+    )  # fmt: skip
+    mask = r.ScoreOutput(prompts=(0, 0, 0), positions=(0, 1, 2), scores=(1.0, 0.0, 0.1), truth=True)
+    made = result(m=metric, p=pattern, t=mask)
+    priced = release.prepare(made, price(m=2 * 16, p=6 * 16, t=3), TOKEN_BITS, 16)
+    sent = json.loads(priced.payload)["outputs"]
+    assert priced.bits == 256 + 8 * 16 + 3
+    assert np.float32(sent["m"]["values"][0]) == rounded(0.1, 16)
+    assert np.float32(sent["p"]["probs"][0][0][2]) == rounded(0.7, 16)
+    assert sent["t"]["scores"] == [1.0, 0.0, 1.0]  # a bit each: nothing between 0 and 1 leaves
+    for short in ({"m": 31}, {"p": 95}, {"t": 2}):
+        with pytest.raises(errors.ServerFault):
+            release.prepare(made, price(**({"m": 32, "p": 96, "t": 3} | short)), TOKEN_BITS, 16)
