@@ -128,7 +128,8 @@ def main() -> None:
             f"pydantic {pydantic[name]:8.3f} ms"
         )
     out = {
-        f"pydantic_{c.name}": [b / a for a, b in zip(medians[k], peers[k], strict=True)] for k, c in cases.items()
+        f"pydantic_{c.name}": [b / a for a, b in zip(medians[k], peers[k], strict=True)]
+        for k, c in cases.items()
     }
     for p in PROMPTS:
         out[f"ms_over_ordinary_{p}"] = [1.0 / m for m in medians["ordinary", p]]

@@ -94,9 +94,7 @@ def steer(layer: int, coef: float = 1.0) -> Nodes:
 
 def keep(layers: Sequence[int]) -> Nodes:
     """Captures the residual stream after some layers, at every token."""
-    reads: Nodes = [
-        {"id": f"h{i}", "op": "read", "site": f"resid_post.{i}", "at": "all"} for i in layers
-    ]
+    reads: Nodes = [{"id": f"h{i}", "op": "read", "site": f"resid_post.{i}", "at": "all"} for i in layers]
     return [*reads, {"id": "c", "op": "capture", "of": [f"h{i}" for i in layers]}] if reads else []
 
 

@@ -204,7 +204,10 @@ def measure(
 
         return run
 
-    verbs = {"ours": kept("ours", lambda: ours(runner, loaded, users)), "generate": lambda: generate(model, users)}
+    verbs = {
+        "ours": kept("ours", lambda: ours(runner, loaded, users)),
+        "generate": lambda: generate(model, users),
+    }
     if peer:
         verbs["nnsight"] = kept("nnsight", lambda: peer.serve(users))
     found = room.turns(verbs, rounds)

@@ -41,7 +41,11 @@ def main() -> None:
     options = {"dtype": torch.float32, "attn_implementation": "sdpa", "dispatch": True}
     model = LanguageModel(sys.argv[1], **options)
     model._module.generation_config.pad_token_id = 0
-    versions = {"nnsight": nnsight.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
+    versions = {
+        "nnsight": nnsight.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
     print(json.dumps(versions), file=lines, flush=True)
     for line in sys.stdin:
         turn = json.loads(line)
