@@ -21,6 +21,7 @@ from trocar.graph.facts import ModelFacts
 from trocar.models.adapters import SiteAdapter
 from trocar.models.cache import Manifest
 from trocar.models.families import family_of
+from trocar.models.packed import pack as pack_linears
 from trocar.models.pull import locate
 from trocar.models.text import Message, TextCodec
 from trocar.models.validate import validate
@@ -38,6 +39,7 @@ class Loaded:
         facts: what the checker and the API may know.
         manifest: where it came from, and its license.
         validation_s: seconds that the load-time validation took.
+        packed: whether the linear layers are packed, so that a row's bits do not depend on its neighbours.
     """
 
     model: Any
@@ -47,6 +49,7 @@ class Loaded:
     facts: ModelFacts
     manifest: Manifest
     validation_s: float
+    packed: bool = False
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids; nothing is added, and special-token spellings are ordinary text."""
@@ -70,7 +73,12 @@ class Loaded:
 
 
 def load(
-    ref: str | Path, *, name: str | None = None, revision: str | None = None, threads: int | None = None
+    ref: str | Path,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    threads: int | None = None,
+    pack: bool = True,
 ) -> Loaded:
     """Loads and validates a model that is already on this machine.
 
@@ -79,6 +87,7 @@ def load(
         name: the name it is served under; the catalog name, hub id or folder name by default.
         revision: 40 hex digits, for a hub id.
         threads: torch threads for the whole process; unchanged when None.
+        pack: pack the linear layers where that can be done (see `packed`); the model then has no gradients.
 
     Raises:
         NotFound: `model_not_pulled` or `unknown_model`.
@@ -90,18 +99,20 @@ def load(
     home, manifest = locate(ref, revision=revision)
     family_of(_architecture(home))
     model, tokenizer = _open(home)
-    return assemble(model, tokenizer, manifest, name=name or manifest.name)
+    return assemble(model, tokenizer, manifest, name=name or manifest.name, pack=pack)
 
 
-def assemble(model: Any, tokenizer: Any, manifest: Manifest, *, name: str) -> Loaded:
-    """Validates a live model and describes it; `load` without the disk."""
+def assemble(model: Any, tokenizer: Any, manifest: Manifest, *, name: str, pack: bool = True) -> Loaded:
+    """Packs, validates and describes a live model; `load` without the disk. The model is changed in place."""
+    packed = pack and pack_linears(model) > 0
     adapter = SiteAdapter.of(model)
     started_s = time.perf_counter()
     failed = validate(adapter, model.config.vocab_size)
     validation_s = time.perf_counter() - started_s
     adapter = adapter.without(failed)
     facts = _facts(adapter, tokenizer, manifest, name)
-    return Loaded(model, tokenizer, TextCodec(tokenizer), adapter, facts, manifest, validation_s)
+    codec = TextCodec(tokenizer)
+    return Loaded(model, tokenizer, codec, adapter, facts, manifest, validation_s, packed)
 
 
 def _architecture(home: Path) -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +22,25 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<|a|>' + m['role'] + '\\n' + m['content'] + '<|b|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|a|>assistant\\n' }}{% endif %}"
 )
+
+
+@cache
+def _tree() -> ModuleType:
+    """`tests/conftest.py` as a module: its name is taken by this file."""
+    spec = importlib.util.spec_from_file_location("tests_conftest", Path(__file__).parents[2] / "conftest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def make_model() -> Callable[..., Any]:
+    """`random_model(family, seed, layers)`."""
+    found: Callable[..., Any] = _tree().random_model
+    return found
 
 
 def tiny_llama(layers: int = 3) -> Any:

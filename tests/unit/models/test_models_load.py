@@ -39,7 +39,9 @@ def test_the_served_name_defaults_to_the_folder(tiny_dir: Path) -> None:
 
 
 def test_the_model_is_frozen_fused_and_bit_equal(tiny_dir: Path, llama: Any, tokens: torch.Tensor) -> None:
-    model = load(tiny_dir).model
+    loaded = load(tiny_dir, pack=False)
+    model = loaded.model
+    assert not loaded.packed
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
     assert model.config._attn_implementation == "sdpa"
