@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from trocar import errors
 from trocar.sites import SITES, Site
 from trocar.strict import Strict
@@ -24,6 +26,7 @@ class ModelFacts(Strict):
         sites: names of the sites that passed load-time validation, without layers.
         unavailable: reason by name for the sites that this model does not serve.
         eos: token ids that end a generation.
+        norms: mean norm of a row at each site as wide as the stream, by layer (one number where there is none).
     """
 
     name: str
@@ -45,6 +48,7 @@ class ModelFacts(Strict):
     sites: tuple[str, ...]
     unavailable: dict[str, str]
     eos: tuple[int, ...]
+    norms: dict[str, tuple[float, ...]] = Field(default_factory=dict)
 
     def width(self, site: Site | str) -> int:
         """Width of one row at `site`, in numbers."""

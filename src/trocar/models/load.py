@@ -21,6 +21,7 @@ from trocar.graph.facts import ModelFacts
 from trocar.models.adapters import SiteAdapter
 from trocar.models.cache import Manifest
 from trocar.models.families import family_of
+from trocar.models.norms import mean_norms
 from trocar.models.packed import pack as pack_linears
 from trocar.models.pull import locate
 from trocar.models.text import Message, TextCodec
@@ -110,8 +111,10 @@ def assemble(model: Any, tokenizer: Any, manifest: Manifest, *, name: str, pack:
     failed = validate(adapter, model.config.vocab_size)
     validation_s = time.perf_counter() - started_s
     adapter = adapter.without(failed)
-    facts = _facts(adapter, tokenizer, manifest, name)
     codec = TextCodec(tokenizer)
+    facts = _facts(adapter, tokenizer, manifest, name).model_copy(
+        update={"norms": mean_norms(adapter, codec)}
+    )
     return Loaded(model, tokenizer, codec, adapter, facts, manifest, validation_s, packed)
 
 
