@@ -16,7 +16,8 @@ from typing import Final
 import numpy as np
 import torch
 
-from trocar.engine.edits import Write, apply, not_finite, record
+from trocar import errors
+from trocar.engine.edits import Write, apply, record
 from trocar.engine.layout import Member, selected
 from trocar.engine.protocol import I64
 from trocar.engine.runs import SiteNode
@@ -142,8 +143,8 @@ class PatternVisit:
         after = before.clone()
         after[:, :, keys] = 0.0
         rest = after.sum(-1, keepdim=True)
-        if not bool((rest > 0).all()):
-            self._step.run.fail(not_finite(node, self._step))
+        if not bool((rest > 0).all()):  # several knockouts together, or attention that was there alone
+            self._step.run.fail(nothing_left(node))
             return
         after /= rest
         probs_HTL[heads[:, None], at[None]] = after
@@ -155,6 +156,12 @@ class PatternVisit:
             float(x.transpose(0, 1).flatten(1).norm(dim=-1)[fresh].double().sum()) for x in (before, after)
         ]
         record(self._step, node.id, int(fresh.sum()), sums[0], sums[1])
+
+
+def nothing_left(node: ops.EditKnockout) -> errors.TrocarError:
+    return errors.refuse(
+        "no_keys_left", node.id, f"{node.id!r} at {node.site} leaves a query no attention to renormalise"
+    )
 
 
 def _reach(keys: torch.Tensor, length: int) -> torch.Tensor:

@@ -30,7 +30,8 @@ class RowTable:
 
     Attributes:
         prompt: int64 [n], index of the prompt in the request, from 0.
-        position: int64 [n], index of the token counted from the start of the prompt.
+        position: int64 [n], index of the token counted from the start of the prompt; -1 for a row that stands for
+            the whole prompt (a mean), whose token id is -1 too and whose token is empty.
         token_id: int64 [n].
         token: object [n] of str, the token's text.
         phase: str [n], "prompt" or "gen".
@@ -78,8 +79,10 @@ class RowTable:
                 raise errors.refuse(
                     "rows_mismatch", f"rows.{name}", f"{name} has shape {column.shape} and prompt has ({n},)"
                 )
-        if n and min(self.prompt.min(), self.position.min()) < 0:
-            raise errors.refuse("bad_value", "rows", "a prompt or a position is negative")
+        if n and min(self.prompt.min(), self.position.min() + 1) < 0:
+            raise errors.refuse("bad_value", "rows", "a prompt is negative, or a position below -1")
+        if bool(((self.position == -1) != (self.token_id == -1)).any()):
+            raise errors.refuse("bad_value", "rows", "a row of a whole prompt has no token, and no other row lacks one")
         odd = set(np.unique(self.phase)) - set(_PHASES)
         if odd:
             raise errors.refuse("bad_value", "rows.phase", f"{min(odd)!r} is neither 'prompt' nor 'gen'")

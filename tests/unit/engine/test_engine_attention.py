@@ -58,7 +58,7 @@ def run(texts: list[Text], parts: list[list[tuple[int, int]]], pattern: Any = No
             got, _ = attend(
                 module, packed("q"), packed("k"), packed("v"), None, sliding_window=texts[0].window
             )
-        for (i, a, b), rows in zip(here, got[0].split([b - a for _, a, b in here]), strict=True):
+        for (i, _, b), rows in zip(here, got[0].split([b - a for _, a, b in here]), strict=True):
             out[i].append(rows)
             slots[i].tokens = b
     return [torch.cat(rows) for rows in out]

@@ -36,7 +36,13 @@ MEAN = (
 
 
 def live(
-    name: str, lengths: tuple[int, ...], nodes: Any = LENS, most: int = 0, tenant: str = "", **more: Any
+    name: str,
+    lengths: tuple[int, ...],
+    nodes: Any = LENS,
+    most: int = 0,
+    tenant: str = "",
+    row_flops: float = 1e12,
+    **more: Any,
 ) -> Live:
     generation = Generation(max_new_tokens=most, stop_at_eos=False)
     checked = check.check(
@@ -44,7 +50,7 @@ def live(
     )
     tokens = tuple(tuple(range(n)) for n in lengths)
     task = Task(name, checked, tokens, {}, {}, {}, {}, lambda _: None, tenant=tenant)
-    return Live.of(replace(task, **more))
+    return Live.of(replace(task, **more), row_flops)
 
 
 def scheduler(**limits: Any) -> Scheduler:
@@ -85,6 +91,16 @@ def test_prompts_are_fed_in_chunks_within_the_budget() -> None:
         advance(s, chunks)
     assert seen == [[("a", 10)], [("a", 10)], [("a", 5)]]
     assert s.counts.chunks == 3
+
+
+def test_rows_that_cost_more_count_for_more() -> None:
+    """A lens on every token is a pass through the unembedding for each: its prompt is fed in smaller chunks."""
+    s = scheduler(step_tokens=10)
+    reads = (ops.Read(id="r", site="resid_post.1", at="prompt[*]"), ops.Lens(id="l", of=("r",)))
+    one = live("a", (25,), reads, row_flops=2 * FACTS.parameters)
+    assert one.weight == 1 + FACTS.d_model * FACTS.vocab_size / FACTS.parameters
+    s.add(one)
+    assert names(s.plan()) == [("a", int(10 / one.weight))]
 
 
 def test_decoding_goes_before_prompts() -> None:

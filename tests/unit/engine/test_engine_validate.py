@@ -60,7 +60,9 @@ def test_rows_that_see_too_little_are_noticed(
 
 def test_a_forgotten_window_is_noticed(tiny_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     plain = attention.causal
-    monkeypatch.setattr(attention, "causal", lambda positions, length, _window: plain(positions, length, None))
+    monkeypatch.setattr(
+        attention, "causal", lambda positions, length, _window: plain(positions, length, None)
+    )
     with pytest.raises(errors.RunFailed):
         HFEngine(tiny_of("broken", family="gemma3"))
     HFEngine(tiny_of("sound")).close()  # a family without windows does not notice

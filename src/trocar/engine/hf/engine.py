@@ -66,7 +66,7 @@ class HFEngine:
             ServerFault: `internal` when the engine is stopping.
         """
         self._require_room(task)
-        live = Live.of(task)
+        live = Live.of(task, 2.0 * self._facts.parameters)
         with self._wake:
             if self._closing or self._over:
                 raise _stopping()

@@ -61,9 +61,9 @@ class Counts:
 
 @dataclass(slots=True)
 class Budget:
-    """What is left of a step."""
+    """What is left of a step, in rows of a plain forward pass."""
 
-    rows: int
+    rows: float
     prompts: int = 0
 
 
@@ -161,14 +161,17 @@ class Scheduler:
 
     def _share(self, sequence: Sequence, budget: Budget) -> int:
         """Rows that a prompt may feed now; one that must stay whole waits for a step of its own if need be."""
-        if sequence.to_feed <= budget.rows:
+        weight = sequence.live.weight
+        if sequence.to_feed * weight <= budget.rows:
             return sequence.to_feed
         if sequence.live.whole:
             return 0 if budget.prompts else sequence.to_feed
-        return max(0, budget.rows)
+        if not budget.prompts:
+            return max(1, int(budget.rows / weight))
+        return max(0, int(budget.rows / weight))
 
     def _spend(self, sequence: Sequence, count: int, budget: Budget) -> Chunk:
-        budget.rows -= count
+        budget.rows -= count * sequence.live.weight
         budget.prompts += 1
         return Chunk(sequence, count)
 

@@ -23,6 +23,9 @@ class Live:
     """A request that is not finished.
 
     Attributes:
+        weight: work of one row, counted in rows of a plain forward pass: a lens on every layer costs more.
+        edited: selectors of the program's edits.
+        looked: selectors of its reads and of outputs that read the end of the model.
         waiting: sequences that are not in the engine; preempted ones stand in front.
         running: sequences that hold keys and values.
     """
@@ -31,14 +34,20 @@ class Live:
     future: Future[TaskResult]
     run: Run
     collector: Collector
+    weight: float
+    edited: frozenset[str]
+    looked: frozenset[str]
     waiting: deque[Sequence] = field(default_factory=deque)
     running: int = 0
     done: int = 0
 
     @classmethod
-    def of(cls, task: Task) -> Live:
-        run = Run(task)
-        live = cls(task, Future(), run, Collector(run))
+    def of(cls, task: Task, row_flops: float) -> Live:
+        """A request that has just come; `row_flops` is what a row of a plain pass takes."""
+        run, nodes = Run(task), task.checked.program.nodes
+        edited = frozenset(n.at for n in nodes if isinstance(n, ops.EDIT_NODES))
+        looked = frozenset(n.at for n in nodes if isinstance(n, ops.Read | ops.Logprobs | ops.Metric))
+        live = cls(task, Future(), run, Collector(run), _weight(task, row_flops), edited, looked)
         live.waiting.extend(Sequence(live, prompt) for prompt in range(len(task.tokens)))
         return live
 
@@ -134,18 +143,17 @@ class Sequence:
         self.fed, self.slot = 0, None
 
 
+def _weight(task: Task, row_flops: float) -> float:
+    cost = task.checked.cost
+    return max(1.0, cost.flops / (cost.tokens * row_flops))
+
+
 def first_row(live: Live, prompt: int, *, reads: bool) -> int:
     """The first prompt row that the program edits (or, with `reads`, looks at); the prompt's length if none."""
-    checked = live.task.checked
     first = len(live.task.tokens[prompt])
-    for node in checked.program.nodes:
-        at = getattr(node, "at", None)
-        looks = isinstance(node, ops.Read | ops.Logprobs | ops.Metric)
-        if at is None or not (isinstance(node, ops.EDIT_NODES) or (reads and looks)):
-            continue
-        rows = checked.selections[at].rows[prompt].prompt
-        if len(rows):
-            first = min(first, rows[0])
+    for at in live.edited | live.looked if reads else live.edited:
+        rows = live.task.checked.selections[at].rows[prompt].prompt
+        first = min(first, rows[0]) if len(rows) else first
     return first
 
 
