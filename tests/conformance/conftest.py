@@ -1,4 +1,7 @@
-"""The models under test: a tiny random one always, SmolLM2 under the marker `model`."""
+"""The models under test: random ones of every family always, real ones under the marker `model`; one engine each.
+
+`bench` is every model, `family` every random one, `small` one of them for what does not depend on the model.
+"""
 
 from __future__ import annotations
 
@@ -6,44 +9,65 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
-from bench_room import GAPS, Bench
-
-from trocar.engine.hf.engine import HFEngine
-
-TEXTS = (
-    "The Eiffel Tower is in the city of",
-    "In 1969 the first person walked on the",
-    "two words",
-    "A list of colours: red, green, blue and also",
-)
+from bench_room import Bench
+from compare_room import GAPS
+from models_room import ENGINES, RANDOM, REAL, random_bench, real_bench
 
 
-def _prompts(loaded: Any, name: str) -> tuple[tuple[int, ...], ...]:
-    if name == "smollm2":
-        return tuple(tuple(loaded.tokenize(t)) for t in TEXTS)
-    draw = torch.Generator().manual_seed(3)
-    return tuple(tuple(torch.randint(0, 256, (n,), generator=draw).tolist()) for n in (9, 6, 2, 13))
+def _made(request: pytest.FixtureRequest, model: str, engine: str) -> Bench:
+    return (
+        random_bench(model, engine)
+        if model in RANDOM
+        else real_bench(model, request.getfixturevalue(REAL[model]), engine)
+    )
 
 
-@pytest.fixture(scope="session", params=["tiny", pytest.param("smollm2", marks=pytest.mark.model)])
-def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    loaded = request.getfixturevalue(request.param)
-    engine = HFEngine(loaded)
-    yield Bench(loaded, engine, _prompts(loaded, request.param))
-    assert engine.check() == []
-    assert engine.stats().live_requests == 0
-    engine.close()
+def _served(bench: Bench) -> Iterator[Bench]:
+    yield bench
+    assert bench.engine.check() == []
+    assert bench.engine.stats().live_requests == 0
+    bench.engine.close()
+
+
+MODELS = [*RANDOM, *(pytest.param(m, marks=pytest.mark.model) for m in REAL)]
+
+
+@pytest.fixture(scope="session", params=ENGINES)
+def engine_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session", params=MODELS)
+def bench(request: pytest.FixtureRequest, engine_name: str) -> Iterator[Bench]:
+    yield from _served(_made(request, request.param, engine_name))
+
+
+@pytest.fixture(scope="session", params=RANDOM)
+def family(request: pytest.FixtureRequest, engine_name: str) -> Iterator[Bench]:
+    yield from _served(random_bench(request.param, engine_name))
 
 
 @pytest.fixture(scope="session")
-def small(tiny: Any) -> Iterator[Bench]:
-    """The tiny model alone, for what does not depend on the model."""
-    engine = HFEngine(tiny)
-    yield Bench(tiny, engine, _prompts(tiny, "tiny"))
-    engine.close()
+def small(engine_name: str) -> Iterator[Bench]:
+    yield from _served(random_bench("llama", engine_name))
+
+
+@pytest.fixture
+def limited(engine_name: str) -> Iterator[Any]:
+    """Makes small benches with an engine of given limits; each on a model of its own."""
+    made: list[Bench] = []
+
+    def make(family: str = "llama", **limits: Any) -> Bench:
+        made.append(random_bench(family, engine_name, **limits))
+        return made[-1]
+
+    yield make
+    for bench in made:
+        assert bench.engine.check() == []
+        bench.engine.close()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for name, gap in sorted(GAPS.items()):
+    """The comparisons that came nearest to their tolerance."""
+    for name, gap in sorted(GAPS.items(), key=lambda item: -item[1])[:12]:
         terminalreporter.write_line(f"largest difference, {name}: {gap:.2e}")

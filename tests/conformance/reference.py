@@ -1,179 +1,155 @@
 """The independent reference: plain torch hooks on a Hugging Face model, one prompt at a time, no KV cache.
 
-Nothing of the engine is used: places of sites, positions, edits and generation are written here a second
-time, from `docs` alone. Generation runs the whole sequence again for every token, with every edit at its
-absolute rows. What a run read is taken from its last pass when generated rows are asked for, else from the
-pass over the bare prompt.
+Nothing of the engine is used: places of sites, positions, values, edits, attention and generation are written
+here a second time, from `docs` and the docstrings of the ops. Generation runs the whole sequence again for every
+token, with every edit at its absolute rows. What a run read is taken from its last pass when generated rows are
+asked for, else from the pass over the bare prompt.
 
 Shape letters: T tokens, D width, V vocabulary, N selected rows.
 """
 
 from __future__ import annotations
 
-import re
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import reference_attention as attention
+import reference_places as places
 import torch
+from reference_edits import columns_of, edited
+from reference_rows import Marked, in_generated, rows_at
+from reference_values import Constants, Nodes, Val, Values
 
-Nodes = Sequence[Any]
-
-
-def place(model: Any, site: str) -> tuple[torch.nn.Module, str]:
-    """The module and the side ("in", "in!" for a tensor used twice, "out") where a Llama shows a site."""
-    name, _, layer = site.partition(".")
-    if name == "embeddings":
-        return model.model.embed_tokens, "out"
-    if name == "final_norm":
-        return model.model.norm, "out"
-    block = model.model.layers[int(layer)]
-    return {
-        "resid_pre": (block, "in"),
-        "attn_in": (block.input_layernorm, "out"),
-        "q": (block.self_attn.q_proj, "out"),
-        "k": (block.self_attn.k_proj, "out"),
-        "v": (block.self_attn.v_proj, "out"),
-        "z": (block.self_attn.o_proj, "in"),
-        "attn_out": (block.self_attn, "out"),
-        "resid_mid": (block.post_attention_layernorm, "in!"),
-        "mlp_in": (block.post_attention_layernorm, "out"),
-        "mlp_act": (block.mlp.down_proj, "in"),
-        "mlp_out": (block.mlp, "out"),
-        "resid_post": (block, "out"),
-    }[name]
+PATTERN = "attn_probs"
 
 
-def hook(model: Any, site: str, visit: Any) -> Any:
-    """Registers `visit(x [1, T, D]) -> x or None` at a site; returns the removable handle."""
-    module, side = place(model, site)
-    if side == "out":
+@dataclass(frozen=True)
+class Plain:
+    """A model that no engine touches.
 
-        def after(_module: Any, _args: Any, out: Any) -> Any:
-            new = visit(out[0] if isinstance(out, tuple) else out)
-            if new is None or not isinstance(out, tuple):
-                return new
-            return (new, *out[1:])
+    Attributes:
+        model: its attention is the reference's own.
+        norms: mean row norm of a site per layer, as the request's facts give it.
+    """
 
-        return module.register_forward_hook(after)
+    model: Any
+    norms: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
-    def before(_module: Any, args: Any) -> Any:
-        new = visit(args[0])
-        if new is None:
-            return None
-        if side == "in!":
-            args[0].copy_(new)
-            return None
-        return (new, *args[1:])
+    @classmethod
+    def of(cls, model: Any, norms: Mapping[str, Sequence[float]] | None = None) -> Plain:
+        attention.install(model)
+        return cls(model.eval(), norms or {})
 
-    return module.register_forward_pre_hook(before)
+    def doubled(self) -> Plain:
+        """The same model in float64: how far rounding alone carries a program."""
+        return Plain(copy.deepcopy(self.model).double(), self.norms)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = next(self.model.parameters()).dtype
+        return found
+
+    def scale(self, node: Any) -> float:
+        if getattr(node, "unit", "absolute") == "absolute":
+            return 1.0
+        name, _, layer = node.site.partition(".")
+        return float(self.norms[name][int(layer or 0)])
 
 
-def rows_at(at: str, prompt: int, generated: int) -> list[int]:
-    """Absolute rows of a selector in a sequence of `prompt` and `generated` tokens; Python's own slicing."""
-    if at == "all":
-        return list(range(prompt + generated))
-    phase, inside = re.fullmatch(r"(prompt|gen)\[(.*)\]", at).groups()  # type: ignore[union-attr]
-    every = list(range(prompt)) if phase == "prompt" else list(range(prompt, prompt + 10_000))
-    if inside == "*":
-        picked = every
-    elif ":" in inside:
-        start, stop = (int(x) if x else None for x in inside.split(":"))
-        picked = every[start:stop]
-    else:
-        picked = [every[int(inside)]]
-    return [row for row in picked if row < prompt + generated]
+@dataclass(frozen=True)
+class Effect:
+    """What an edit did in a pass: rows written, their norms before and after, and the largest change."""
+
+    rows: int
+    before: float
+    after: float
+    change: float
 
 
 @dataclass
 class Pass:
     """One forward pass over a whole sequence with every edit in place."""
 
-    nodes: Nodes
+    plain: Plain
+    values: Values
     prompt: int
     generated: int
-    constants: Mapping[str, torch.Tensor]
+    marked: Marked
     logits: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
-    read: dict[str, torch.Tensor] = field(default_factory=dict)
-    norms: dict[str, tuple[float, float, int]] = field(default_factory=dict)
+    effects: dict[str, Effect] = field(default_factory=dict)
 
-    def run(self, model: Any, ids: Sequence[int]) -> Pass:
-        touched = dict.fromkeys(n.site for n in self.nodes if n.op == "read" or n.op.startswith("edit."))
+    @property
+    def read(self) -> dict[str, torch.Tensor]:
+        return self.values.read
+
+    @property
+    def nodes(self) -> Nodes:
+        return self.values.nodes
+
+    def rows(self, at: str) -> list[int]:
+        return rows_at(at, self.prompt, self.generated, self.marked)
+
+    def run(self, ids: Sequence[int]) -> Pass:
+        model, here = self.plain.model, [n for n in self.nodes if n.op == "read" or n.op.startswith("edit.")]
+        sites = sorted({n.site for n in here}, key=places.order_of)
         with torch.no_grad(), ExitStack() as undo:
-            for site in touched:
-                here = [
-                    n
-                    for n in self.nodes
-                    if getattr(n, "site", None) == site and n.op not in ("vector", "stored", "score")
-                ]
-                undo.callback(hook(model, site, lambda x, here=here: self._visit(x, here)).remove)
+            for site in sites:
+                nodes = [n for n in here if n.site == site]
+                if site.startswith(PATTERN):
+                    self._watch(site, nodes, undo)
+                    continue
+                undo.callback(places.hook(model, site, lambda x, nodes=nodes: self._visit(x, nodes)).remove)
             self.logits = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
         return self
 
     def _visit(self, x: torch.Tensor, nodes: Nodes) -> torch.Tensor | None:
-        work, wrote = x.clone(), False
+        work, wrote, d_head = x.clone(), False, places.d_head_of(self.plain.model)
         for node in nodes:
-            rows = rows_at(node.at, self.prompt, self.generated)
+            rows = self.rows(node.at)
             if not rows:
                 continue
+            before = work[rows].clone()
             if node.op == "read":
-                self.read[node.id] = work[0, rows].clone()
+                columns = columns_of(node, d_head)
+                self.read[node.id] = before if columns is None else before[:, columns]
                 continue
-            before = work[0, rows].clone()
-            after = self._edited(node, before)
-            work[0, rows] = after
-            self.norms[node.id] = (
-                float(before.norm(dim=-1).mean()),
-                float(after.norm(dim=-1).mean()),
-                len(rows),
-            )
+            after = edited(node, before, self.values, d_head, self.plain.scale(node))
+            self._note(node.id, before, after)
+            work[rows] = after
             wrote = True
         return work if wrote else None
 
-    def _edited(self, node: Any, h: torch.Tensor) -> torch.Tensor:
-        if node.op == "edit.scale":
-            return h * node.by
-        if node.value == "zero":
-            return torch.zeros_like(h)
-        v = self.value(node.value).expand_as(h)
-        if node.op == "edit.add":
-            return h + node.coef * v
-        if node.op == "edit.set":
-            return v.clone()
-        out = h.clone()
-        for i, row in enumerate(h):
-            unit = v[i] / v[i].norm()
-            out[i] = row - unit * torch.dot(row, unit)
-        return out
+    def _note(self, name: str, before: torch.Tensor, after: torch.Tensor) -> None:
+        sizes = [float(x.double().norm(dim=-1).mean()) for x in (before, after)]
+        self.effects[name] = Effect(len(before), *sizes, float((after - before).abs().max()))
+
+    def _watch(self, site: str, nodes: Nodes, undo: ExitStack) -> None:
+        block = places.layers_of(self.plain.model)[int(site.partition(".")[2])]
+        module = block.get_submodule("attn" if places.kind_of(self.plain.model) == "gpt2" else "self_attn")
+
+        def visit(scores: torch.Tensor) -> None:
+            everything = range(scores.shape[-1])
+            for node in nodes:
+                queries = self.rows(node.at)
+                keys = self.rows(node.keys)
+                heads = range(len(scores)) if node.heads is None else node.heads
+                if not queries:
+                    continue
+                if node.op == "read":
+                    self.read[node.id] = attention.shown(scores, queries, keys, heads)
+                    continue
+                before = attention.shown(scores, queries, everything, heads)
+                attention.hide(scores, queries, keys, heads)
+                self._note(node.id, before, attention.shown(scores, queries, everything, heads))
+
+        module.reference_visit = visit
+        undo.callback(delattr, module, "reference_visit")
 
     def value(self, name: str) -> torch.Tensor:
-        """[D] of a vector or a mean, [N, D] of rows, [N] of scalars."""
-        if name in self.constants:
-            return self.constants[name]
-        node = next(n for n in self.nodes if n.id == name)
-        if node.op == "read":
-            return self.read[name]
-        if node.op == "scale":
-            return self.value(node.of) * node.by
-        if node.op == "mean":
-            return self.value(node.of).mean(0)
-        a, b = self.value(node.a), self.value(node.b)
-        if node.op == "add":
-            return a + b
-        return a - b if node.op == "sub" else torch.einsum("nd,nd->n", *torch.broadcast_tensors(a, b))
-
-    def positions(self, name: str) -> list[int] | None:
-        """Absolute rows that a value stands for; None for a vector, a mean or stored rows."""
-        node = next(n for n in self.nodes if n.id == name)
-        if node.op == "read":
-            return rows_at(node.at, self.prompt, self.generated)
-        if node.op == "scale":
-            return self.positions(node.of)
-        if node.op in ("add", "sub", "dot"):
-            found = [p for p in (self.positions(node.a), self.positions(node.b)) if p is not None]
-            return found[0] if found else None
-        return None
+        return self.values.get(name).data
 
 
 @dataclass(frozen=True)
@@ -185,40 +161,58 @@ class Solo:
     last: Pass
 
     def of(self, at: str | None) -> Pass:
-        return self.first if at is None or at.startswith("prompt") else self.last
+        return self.last if at is not None and in_generated(at) else self.first
+
+    @property
+    def near(self) -> float:
+        """The smallest margin of any comparison."""
+        return min([*self.first.values.near, *self.last.values.near], default=1.0)
+
+
+def reads_generated(nodes: Nodes) -> bool:
+    """Whether the last generated token is fed back: only when a program reads generated rows."""
+    return any(in_generated(n.at) for n in nodes if n.op in ("read", "logprobs"))
 
 
 def solo(
-    model: Any,
+    plain: Plain,
     nodes: Nodes,
     tokens: Sequence[int],
-    constants: Mapping[str, torch.Tensor] | None = None,
+    constants: Constants | None = None,
     *,
+    marked: Marked | None = None,
     max_new_tokens: int = 0,
     eos: Sequence[int] = (),
-    feed_last: bool = True,
+    forced: Sequence[int] | None = None,
 ) -> Solo:
     """Runs one prompt alone, greedily, re-running the whole sequence for each token.
 
     Args:
         nodes: the program's nodes, in order.
-        constants: by node id: vectors [D], or stored rows [N, D] of this prompt.
+        constants: by node id: vectors [D], matrices, arrays of dictionaries, or stored rows [N, D] of this prompt.
+        marked: rows by `span`, `role` or `mask` selector.
         eos: ids that end the generation.
-        feed_last: whether rows of the last token are wanted.
+        forced: the ids that were generated, end token included, instead of the greedy ones: one pass over all.
     """
-    known = dict(constants or {})
-    first = Pass(nodes, len(tokens), 0, dict(known)).run(model, tokens)
-    for node in nodes:  # a mean over the prompt is one value for the whole generation
-        if node.op == "mean":
-            known[node.id] = first.value(node.id)
+
+    def ran(ids: Sequence[int], known: Mapping[str, Val]) -> Pass:
+        values = Values(nodes, constants or {}, plain.dtype, known)
+        return Pass(plain, values, len(tokens), len(ids), marked or {}).run([*tokens, *ids])
+
+    first = ran([], {})
+    known = first.values.prompt_wide()
+    feeds = reads_generated(nodes)
+    if forced is not None:
+        fed = list(forced) if feeds else list(forced)[:-1]
+        return Solo(tuple(forced), first, ran(fed, known) if fed else first)
     ids: list[int] = []
     last = first
     while len(ids) < max_new_tokens:
         ids.append(int(last.logits[-1].argmax()))
         ended = ids[-1] in eos or len(ids) == max_new_tokens
-        if ended and not feed_last:
+        if ended and not feeds:
             break
-        last = Pass(nodes, len(tokens), len(ids), known).run(model, [*tokens, *ids])
+        last = ran(ids, known)
         if ended:
             break
     return Solo(tuple(ids), first, last)
@@ -226,10 +220,3 @@ def solo(
 
 def logprobs(logits: torch.Tensor) -> torch.Tensor:
     return logits.double().log_softmax(-1)
-
-
-def unembed(model: Any, rows: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [N, V] of the last norm and unembedding by hand, in float64."""
-    norm, h = model.model.norm, rows.double()
-    scaled = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + norm.variance_epsilon)
-    return ((scaled * norm.weight.double()) @ model.lm_head.weight.double().T).log_softmax(-1)

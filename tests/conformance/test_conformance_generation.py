@@ -1,16 +1,16 @@
-"""Generation: the loop with a KV cache, padding and sequences that leave equals re-running everything each step."""
+"""Behaviours 16 to 20: the loop with keys and values kept equals running everything again for each token."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from bench_room import Ask, Bench, capture, close, greedy, logprobs, read, text
-from reference import logprobs as reference_logprobs
-from reference import solo
+from bench_room import Ask, Bench, capture, greedy, logprobs, ok, read, text
+from compare_room import against_hooks, changed, same_bits
 
 from trocar.errors import TrocarError
 from trocar.graph import ops
@@ -21,100 +21,70 @@ STEPS = 6
 V = ops.Tensor(id="v", name="v")
 
 
-def _reference(bench: Bench, ask: Ask, prompt: int, eos: Sequence[int] = ()) -> Any:
-    return solo(
-        bench.model,
-        ask.nodes,
-        ask.prompts[prompt],
-        ask.constants(prompt),
-        max_new_tokens=ask.generation.max_new_tokens,
-        eos=eos,
-    )
+def _loop(bench: Bench, ask: Ask) -> list[tuple[int, ...]]:
+    """Ids of the reference's own greedy loop."""
+    return [bench.reference(ask, i).ids for i in range(len(ask.prompts))]
 
 
 def test_c16_each_generated_row_is_read_once(bench: Bench) -> None:
-    """Rows of gen[*] are those of one pass over prompt and continuation; gen[j] is fed after the prompt."""
+    """gen[*] has exactly N rows, gen[0:2] two; the step before the first is the plain forward pass."""
     site = f"resid_post.{bench.middle}"
-    nodes = [read(site, "gen[*]"), capture("r"), logprobs(TOKENS, "all"), text()]
+    nodes = [
+        read(site, "gen[*]"),
+        capture("r"),
+        read(site, "gen[0:2]", name="early"),
+        capture("early", name="two"),
+        logprobs(TOKENS, "all"),
+        text(),
+    ]
     ask = Ask(nodes, bench.prompts, greedy(STEPS))
     result = bench.alone(ask)
-    shelf, found = ask.sinks["kept"], result.outputs["lp"]
-    keys, rows = torch.from_numpy(shelf.keys()), shelf.rows(site)
-    assert result.outputs["kept"].rows_per_prompt == (STEPS,) * len(bench.prompts)
-    for i, prompt in enumerate(bench.prompts):
-        run = _reference(bench, ask, i)
-        assert result.outputs["text"].ids[i] == run.ids
+    runs = against_hooks(bench, ask, result, "generated rows")
+    keys = ask.sinks["kept"].keys()
+    for i, (prompt, run) in enumerate(zip(bench.prompts, runs, strict=True)):
         assert keys[keys[:, 0] == i].tolist() == [[i, len(prompt) + j, t] for j, t in enumerate(run.ids)]
-        theirs = run.last.read["r"]
-        size = theirs.abs().max()
-        close("generated rows, relative", rows[keys[:, 0] == i] / size, theirs / size, 1e-5)
-        mine = found.logprobs[found.tags.prompts == i]
-        close("logprobs along a generation", mine, reference_logprobs(run.last.logits)[:, list(TOKENS)])
-    phases = [
-        p
-        for p, at in zip(found.tags.phases, found.tags.positions, strict=True)
-        if at == len(bench.prompts[0])
-    ]
-    assert "gen" in phases
+        assert torch.equal(ask.sinks["two"].rows(site, i), ask.sinks["kept"].rows(site, i)[:2])
+    assert result.outputs["kept"].rows_per_prompt == (STEPS,) * len(bench.prompts)
+    found = result.outputs["lp"]
+    before = found.logprobs[np.asarray(found.tags.phases) == "prompt"]
+    plain = bench.alone(Ask([logprobs(TOKENS)], bench.prompts)).outputs["lp"].logprobs
+    assert same_bits(before, plain)
 
 
 @pytest.mark.parametrize("at", ["all", "gen[*]", "prompt[*]", "prompt[-1]"])
 def test_c17_steering_equals_the_reference_loop(bench: Bench, at: str) -> None:
     """Token for token, over prompts of different lengths; and the steering changes the text."""
     site = f"resid_post.{bench.middle}"
-    size = float(solo(bench.model, [read(site)], bench.prompts[0]).first.read["r"][-1].norm())
-    nodes = [V, ops.EditAdd(id="e", site=site, at=at, value="v", coef=1.0), text()]
-    ask = Ask(nodes, bench.prompts, greedy(STEPS), vectors={"v": bench.vector(site, 2.0 * size)})
+    nodes = [V, ops.EditAdd(id="e", site=site, at=at, value="v"), text()]
+    ask = Ask(nodes, bench.prompts, greedy(STEPS), vectors={"v": bench.pushing(site, 3.0)})
     found = bench.alone(ask).outputs["text"].ids
-    runs = [_reference(bench, ask, i).ids for i in range(len(bench.prompts))]
-    assert list(found) == runs
-    plain = bench.alone(Ask([text()], bench.prompts, greedy(STEPS))).outputs["text"].ids
-    assert found != plain
+    assert list(found) == _loop(bench, ask)
+    assert found != bench.alone(Ask([text()], bench.prompts, greedy(STEPS))).outputs["text"].ids
 
 
 def test_c18_an_edit_at_one_step_affects_only_later_tokens(bench: Bench) -> None:
     site, step = f"resid_post.{bench.middle}", 2
-    size = float(solo(bench.model, [read(site)], bench.prompts[0]).first.read["r"][-1].norm())
     edit = ops.EditAdd(id="e", site=site, at=f"gen[{step}]", value="v")
-    ask = Ask(
-        [V, edit, text(), logprobs(TOKENS, "all")],
-        bench.prompts,
-        greedy(STEPS),
-        vectors={"v": bench.vector(site, 5 * size)},
-    )
-    plain = Ask([text(), logprobs(TOKENS, "all")], bench.prompts, greedy(STEPS))
-    result, base = bench.alone(ask), bench.alone(plain)
+    tail = [text(), logprobs(TOKENS, "all")]
+    ask = Ask([V, edit, *tail], bench.prompts, greedy(STEPS), vectors={"v": bench.pushing(site, 10.0)})
+    result, base = bench.alone(ask), bench.alone(Ask(tail, bench.prompts, greedy(STEPS)))
+    against_hooks(bench, ask, result, "one step")
     steered, without = result.outputs["text"].ids, base.outputs["text"].ids
     assert [ids[: step + 1] for ids in steered] == [ids[: step + 1] for ids in without]
     assert steered != without
-    assert list(steered) == [_reference(bench, ask, i).ids for i in range(len(bench.prompts))]
     a, b = result.outputs["lp"], base.outputs["lp"]
     early = [p - len(bench.prompts[i]) < step for i, p in zip(a.tags.prompts, a.tags.positions, strict=True)]
-    assert torch.equal(torch.from_numpy(a.logprobs[early]), torch.from_numpy(b.logprobs[early]))
+    assert same_bits(a.logprobs[early], b.logprobs[early])
     assert result.edits[0].rows == len(bench.prompts)
 
 
-def test_c18_a_prefill_edit_persists_through_the_cache(bench: Bench) -> None:
+def test_c18_an_edit_of_the_prompt_persists_through_the_cache(bench: Bench) -> None:
     """An edit of an early row, which no later step repeats, still changes the generated rows."""
-    site = f"v.{bench.middle}"
-    nodes = [
-        ops.EditSet(id="e", site=site, at="prompt[0:2]", value="zero"),
-        logprobs(TOKENS, "gen[*]"),
-        text(),
-    ]
-    ask = Ask(nodes, bench.prompts, greedy(STEPS))
+    edit = ops.EditSet(id="e", site=f"v.{bench.middle}", at="prompt[0:2]", value="zero")
+    ask = Ask([edit, logprobs(TOKENS, "gen[*]"), text()], bench.prompts, greedy(STEPS))
     result = bench.alone(ask)
-    found, gap = result.outputs["lp"], 0.0
-    for i in range(len(bench.prompts)):
-        run = _reference(bench, ask, i)
-        assert result.outputs["text"].ids[i] == run.ids
-        length = len(bench.prompts[i])
-        theirs = reference_logprobs(run.last.logits)[length:, list(TOKENS)]
-        close("prefill edit, generated rows", found.logprobs[found.tags.prompts == i], theirs)
-        with torch.no_grad():
-            base = bench.model(input_ids=torch.tensor([[*bench.prompts[i], *run.ids]])).logits[0]
-        gap = max(gap, float((theirs - reference_logprobs(base)[length:, list(TOKENS)]).abs().max()))
-    assert gap > 1e-2
+    against_hooks(bench, ask, result, "edit of the prompt, generated rows")
+    assert changed(bench, ask, result) > 1e-2
 
 
 def test_c18_a_later_layer_of_the_prompt_may_steer_an_earlier_layer_of_what_follows(bench: Bench) -> None:
@@ -124,11 +94,44 @@ def test_c18_a_later_layer_of_the_prompt_may_steer_an_earlier_layer_of_what_foll
         ops.Mean(id="m", of="r"),
         ops.EditAdd(id="e", site=target, at="gen[*]", value="m"),
         text(),
+        logprobs(TOKENS, "all"),
     ]
     ask = Ask(nodes, bench.prompts, greedy(STEPS))
-    found = bench.alone(ask).outputs["text"].ids
-    assert list(found) == [_reference(bench, ask, i).ids for i in range(len(bench.prompts))]
-    assert found != bench.alone(Ask([text()], bench.prompts, greedy(STEPS))).outputs["text"].ids
+    result = bench.alone(ask)
+    against_hooks(bench, ask, result, "late prompt, early layer")
+    assert changed(bench, ask, result) > 1e-2
+
+
+def test_gates_of_the_prompt_hold_for_the_whole_text(bench: Bench) -> None:
+    """A truth value per prompt, found in the prompt, gates every generated row; the one per row its own."""
+    site = f"resid_post.{bench.middle}"
+    unit = bench.vector(site, 1.0)
+    score = [V, ops.Tensor(id="u", name="u"), read(site, "all"), ops.Dot(id="d", a="r", b="u")]
+    row = [*score, ops.Gt(id="g", a="d", b=0.0), ops.EditAdd(id="e", site=site, value="v", gate="g")]
+    prompt = [ops.Tensor(id="v", name="v"), ops.Tensor(id="u", name="u"), read(site, "prompt[-1]")]
+    prompt += [ops.Mean(id="last", of="r"), ops.Dot(id="d", a="last", b="u"), ops.Gt(id="g", a="d", b=0.0)]
+    prompt += [ops.EditAdd(id="e", site=site, at="gen[*]", value="v", gate="g")]
+    vectors = {"v": bench.pushing(site, 2.0), "u": unit}
+    for nodes in (row, prompt):
+        for sign in (1.0, -1.0):
+            ask = Ask(
+                [*nodes, text(), logprobs(TOKENS, "all")],
+                bench.prompts,
+                greedy(4),
+                vectors={**vectors, "u": sign * unit},
+            )
+            against_hooks(bench, ask, bench.alone(ask), "gates along a text")
+
+
+@contextmanager
+def _ending(bench: Bench, ends: Sequence[int]) -> Iterator[None]:
+    """The engine with other end tokens."""
+    body = bench.engine._body
+    bench.engine._body = replace(body, eos=frozenset(ends))
+    try:
+        yield
+    finally:
+        bench.engine._body = body
 
 
 def test_c19_an_end_token_ends_early(bench: Bench) -> None:
@@ -137,70 +140,54 @@ def test_c19_an_end_token_ends_early(bench: Bench) -> None:
     plain = bench.alone(Ask([text()], bench.prompts, greedy(steps))).outputs["text"].ids
     end = plain[0][2]
     first = [next((j for j, t in enumerate(ids) if t == end), None) for ids in plain]
-    engine = bench.engine
-    body = engine._body
-    engine._body = replace(body, eos=frozenset({end}))
-    try:
-        nodes = [read(site, "gen[*]"), capture("r"), text()]
-        ask = Ask(nodes, bench.prompts, Generation(max_new_tokens=steps))
+    nodes = [read(site, "gen[*]"), capture("r"), text()]
+    ask = Ask(nodes, bench.prompts, Generation(max_new_tokens=steps))
+    with _ending(bench, [end]):
         result = bench.alone(ask)
-    finally:
-        engine._body = body
+    full = Ask(nodes, bench.prompts, greedy(steps))
+    bench.alone(full)
     ids, finished = result.outputs["text"].ids, result.outputs["text"].finished
     assert finished[0]
     for i, (all_of_it, stop) in enumerate(zip(plain, first, strict=True)):
+        rows = steps if stop is None else stop + 1
         assert finished[i] == (stop is not None)
         assert ids[i] == all_of_it[:stop]
-        assert result.outputs["kept"].rows_per_prompt[i] == (steps if stop is None else stop + 1)
+        assert result.outputs["kept"].rows_per_prompt[i] == rows
+        assert torch.equal(ask.sinks["kept"].rows(site, i), full.sinks["kept"].rows(site, i)[:rows])
 
 
 def test_c19_positions_that_are_never_reached_are_an_error(small: Bench) -> None:
     """The model ends at once, so an edit at gen[3] touches nothing: refused, not silent."""
-    engine, end = (
-        small.engine,
-        small.alone(Ask([text()], small.prompts[:1], greedy(1))).outputs["text"].ids[0][0],
-    )
-    body = engine._body
-    engine._body = replace(body, eos=frozenset({end}))
-    try:
-        nodes = [ops.EditScale(id="e", site="resid_post.1", at="gen[3]", by=2.0), text()]
-        ask = Ask(nodes, small.prompts[:1], Generation(max_new_tokens=6))
+    end = small.alone(Ask([text()], small.prompts[:1], greedy(1))).outputs["text"].ids[0][0]
+    most = Generation(max_new_tokens=6)
+    late = [ops.EditScale(id="e", site="resid_post.1", at="gen[3]", by=2.0), text()]
+    with _ending(small, [end]):
         with pytest.raises(TrocarError) as caught:
-            small.alone(ask)
+            small.alone(Ask(late, small.prompts[:1], most))
         with pytest.raises(TrocarError) as second:
-            small.alone(Ask([logprobs(TOKENS, "gen[3]")], small.prompts[:1], Generation(max_new_tokens=6)))
-    finally:
-        engine._body = body
+            small.alone(Ask([logprobs(TOKENS, "gen[3]")], small.prompts[:1], most))
     assert (caught.value.code, caught.value.path) == ("edit_missed", "e")
     assert (second.value.code, second.value.path) == ("edit_missed", "lp")
 
 
 def test_c20_two_requests_of_different_length_and_edits(bench: Bench) -> None:
-    """The early finisher leaves the batch and does not disturb the other, whichever comes first."""
+    """The early finisher leaves and does not disturb the other, whichever comes first: not one bit."""
     site = f"resid_post.{bench.middle}"
-    size = float(solo(bench.model, [read(site)], bench.prompts[0]).first.read["r"][-1].norm())
-    steer = [V, ops.EditAdd(id="e", site=site, at="all", value="v"), text(), logprobs(TOKENS, "all")]
-    short = Ask(steer, bench.prompts[1:3], greedy(2), vectors={"v": bench.vector(site, 2 * size)})
-    ablate = [
-        ops.EditSet(id="e", site=f"attn_out.{bench.middle}", at="all", value="zero"),
-        text(),
-        logprobs(TOKENS, "all"),
-    ]
+    tail = [text(), logprobs(TOKENS, "all")]
+    steer = [V, ops.EditAdd(id="e", site=site, at="all", value="v"), *tail]
+    ablate = [ops.EditSet(id="e", site=f"attn_out.{bench.middle}", at="all", value="zero"), *tail]
+    short = Ask(steer, bench.prompts[1:3], greedy(2), vectors={"v": bench.pushing(site, 2.0)})
     long = Ask(ablate, [bench.prompts[0], bench.prompts[3]], greedy(STEPS))
+    alone = {id(ask): bench.alone(ask) for ask in (short, long)}
     for asks in ((short, long), (long, short)):
         for ask, result in zip(asks, bench.together(*asks), strict=True):
-            assert not isinstance(result, Exception)
-            for i in range(len(ask.prompts)):
-                run = _reference(bench, ask, i)
-                assert result.outputs["text"].ids[i] == run.ids
-                lp = result.outputs["lp"]
-                mine = lp.logprobs[lp.tags.prompts == i]
-                close(
-                    "different lengths in one batch",
-                    mine,
-                    reference_logprobs(run.last.logits)[:, list(TOKENS)],
-                )
+            against_hooks(bench, ask, ok(result), "different lengths in one batch")
+            assert result.outputs["text"] == alone[id(ask)].outputs["text"]
+            assert same_bits(result.outputs["lp"].logprobs, alone[id(ask)].outputs["lp"].logprobs)
     assert bench.engine.stats().most_requests >= 2
+
+
+# ---- sampling ----
 
 
 def test_sampling_is_the_prompts_own_whatever_the_batch(small: Bench) -> None:
@@ -211,12 +198,10 @@ def test_sampling_is_the_prompts_own_whatever_the_batch(small: Bench) -> None:
     mixed = small.together(
         Ask([text()], small.prompts[::-1], greedy(8)), ask, Ask([text()], small.prompts, greedy(3))
     )
-    assert mixed[1].outputs["text"].ids == alone
+    assert ok(mixed[1]).outputs["text"].ids == alone
     assert small.alone(Ask([text()], small.prompts, greedy(8))).outputs["text"].ids != alone
-    assert (
-        small.alone(Ask([text()], small.prompts, warm.model_copy(update={"seed": 6}))).outputs["text"].ids
-        != alone
-    )
+    other = warm.model_copy(update={"seed": 6})
+    assert small.alone(Ask([text()], small.prompts, other)).outputs["text"].ids != alone
 
 
 def test_sampling_streams_differ_between_prompts(small: Bench) -> None:

@@ -1,0 +1,176 @@
+"""Holds what an engine answered against the reference, output by output, and remembers the largest differences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import reference_outputs as wanted
+import torch
+from bench_room import Ask, Bench
+from reference import Solo
+from reference_rows import in_generated
+
+from trocar.engine.protocol import TaskResult
+from trocar.graph import ops
+
+LOGPROBS = 1e-4
+ROWS = 1e-4
+TIE = 1e-3
+GAPS: dict[str, float] = {}
+
+
+def close(name: str, ours: Any, theirs: Any, most: float = LOGPROBS) -> None:
+    """Asserts that two arrays are near, and remembers the largest difference for the summary."""
+    a = torch.as_tensor(np.asarray(ours), dtype=torch.float64)
+    b = torch.as_tensor(np.asarray(theirs), dtype=torch.float64)
+    assert a.shape == b.shape, (name, a.shape, b.shape)
+    if not a.numel():
+        return
+    gap = float((a - b).abs().max())
+    GAPS[name] = max(GAPS.get(name, 0.0), gap)
+    assert gap <= most, f"{name}: {gap:.2e}"
+
+
+def close_rows(name: str, ours: torch.Tensor, theirs: torch.Tensor, most: float = ROWS) -> None:
+    """Rows near in proportion to the largest number of theirs."""
+    size = float(theirs.abs().max()) if theirs.numel() else 1.0
+    close(f"{name}, relative", ours / max(size, 1e-6), theirs / max(size, 1e-6), most)
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    return bool(np.array_equal(np.asarray(a), np.asarray(b)))
+
+
+def follow(bench: Bench, ask: Ask, result: TaskResult) -> list[Solo]:
+    """The reference along the ids that the engine generated, each of which must be the reference's own choice.
+
+    A choice between tokens whose logits are nearer than rounding is free. Texts that end by themselves are not
+    for this function: their end token is not among the ids.
+    """
+    runs = []
+    for i, prompt in enumerate(ask.prompts):
+        ids = result.outputs["text"].ids[i] if ask.generation.max_new_tokens else None
+        assert ids is None or len(ids) == ask.generation.max_new_tokens
+        run = bench.reference(ask, i, forced=ids)
+        runs.append(run)
+        for j, chosen in enumerate(ids or ()):
+            logits = run.last.logits[len(prompt) - 1 + j]
+            assert float(logits.max() - logits[chosen]) <= TIE, (i, j, chosen, int(logits.argmax()))
+    return runs
+
+
+def against_hooks(
+    bench: Bench, ask: Ask, result: TaskResult, name: str, runs: Sequence[Solo] | None = None
+) -> list[Solo]:
+    """Every output and receipt of a request against the reference; gives the reference's runs."""
+    runs = follow(bench, ask, result) if runs is None else runs
+    for node in ask.nodes:
+        if node.op in CHECKS:
+            CHECKS[node.op](ask, node, result, runs, f"{name}: {node.op}")
+    _receipts(ask, result, runs, name)
+    return list(runs)
+
+
+def _rows_of(found: Any, prompt: int) -> np.ndarray:
+    mine: np.ndarray = found.tags.prompts == prompt
+    return mine
+
+
+def _positions(found: Any, prompt: int, want: wanted.Wanted, name: str) -> None:
+    if want.positions is not None:
+        assert found.tags.positions[_rows_of(found, prompt)].tolist() == want.positions, name
+
+
+def _logprobs(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], name: str) -> None:
+    found = result.outputs[node.id]
+    for i, run in enumerate(runs):
+        ids = node.tokens[i] if isinstance(node.tokens[0], tuple) else node.tokens
+        want = wanted.named_logprobs(run, node, ids)
+        _positions(found, i, want, name)
+        close(name, found.logprobs[_rows_of(found, i)], want.data)
+
+
+def _lens(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], name: str) -> None:
+    found = result.outputs[node.id]
+    for i, run in enumerate(runs):
+        mine = _rows_of(found, i)
+        for number, want in enumerate(wanted.lens_tables(run, node)):
+            _positions(found, i, want, name)
+            ids = torch.from_numpy(found.ids[number][mine])
+            close(name, found.logprobs[number][mine], want.data.gather(1, ids))
+            close(f"{name}, best", found.logprobs[number][mine], want.data.topk(node.top_k).values)
+
+
+def _score(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], name: str) -> None:
+    found = result.outputs[node.id]
+    for i, run in enumerate(runs):
+        fit = ask.fits.get(node.id)
+        want = wanted.scores(run, node, None if fit is None else (fit.weights, fit.bias))
+        _positions(found, i, want, name)
+        close_rows(name, torch.from_numpy(found.scores[_rows_of(found, i)]), want.data)
+
+
+def _metric(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], name: str) -> None:
+    found = result.outputs[node.id].values
+    assert len(found) == len(runs)
+    for i, run in enumerate(runs):
+        ids = ()
+        if node.tokens is not None:
+            ids = node.tokens[i] if isinstance(node.tokens[0], tuple) else node.tokens
+        close(f"{name} {node.metric}", found[i], wanted.metric(run, node, ask.prompts[i], ids))
+
+
+def _pattern(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], name: str) -> None:
+    found = result.outputs[node.id]
+    for i, run in enumerate(runs):
+        want = wanted.pattern(run, node)
+        _positions(found, i, want, name)
+        close(name, found.probs[_rows_of(found, i)], want.data)
+
+
+def _capture(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], name: str) -> None:
+    shelf, counts = ask.sinks[node.id], result.outputs[node.id].rows_per_prompt
+    keys = shelf.keys()
+    for i, run in enumerate(runs):
+        for site, want in wanted.captured(run, node).items():
+            assert keys[keys[:, 0] == i][:, 1].tolist() == want.positions, (name, site)
+            assert counts[i] == len(want.data)
+            close_rows(name, shelf.rows(site, i), want.data)
+
+
+def _receipts(ask: Ask, result: TaskResult, runs: Sequence[Solo], name: str) -> None:
+    """Rows written, and their mean norms before and after, over all prompts."""
+    assert [e.id for e in result.edits] == [n.id for n in ask.nodes if n.op.startswith("edit.")]
+    for effect in result.edits:
+        at = ask.node(effect.id).at
+        of = [run.last if in_generated(at) else run.first for run in runs]
+        seen = [run.effects[effect.id] for run in of if effect.id in run.effects]
+        rows = sum(e.rows for e in seen)
+        assert effect.rows == rows, (name, effect)
+        for ours, theirs in (("norm_before", "before"), ("norm_after", "after")):
+            mean = sum(getattr(e, theirs) * e.rows for e in seen) / rows
+            gap = abs(getattr(effect, ours) - mean) / max(1.0, abs(mean))
+            close(f"{name}: receipts, relative", gap, 0.0, ROWS)
+
+
+CHECKS = {
+    "logprobs": _logprobs,
+    "lens": _lens,
+    "score": _score,
+    "metric": _metric,
+    "pattern": _pattern,
+    "capture": _capture,
+}
+
+
+def changed(bench: Bench, ask: Ask, result: TaskResult, name: str = "lp") -> float:
+    """The largest change of a request's log-probabilities against the model without any edit."""
+    node, found, most = ask.node(name), result.outputs[name], 0.0
+    for i, prompt in enumerate(ask.prompts):
+        ids = result.outputs["text"].ids[i] if ask.generation.max_new_tokens else None
+        bare = bench.solo([ops.Logprobs(id="lp", at=node.at, tokens=node.tokens)], prompt, forced=ids)
+        want = wanted.named_logprobs(bare, node, node.tokens)
+        most = max(most, float(np.abs(found.logprobs[_rows_of(found, i)] - want.data.numpy()).max()))
+    return most
