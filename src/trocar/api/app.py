@@ -26,6 +26,7 @@ from trocar.gate import release
 from trocar.gate.keys import Principal
 from trocar.gate.release import Released
 from trocar.graph.spec import SPEC, field_names
+from trocar.graph.sweep import Axis
 from trocar.service.service import Service
 from trocar.strict import Strict
 from trocar.wire import requests as q
@@ -36,7 +37,13 @@ MAX_BODY_BYTES: Final = 32 << 20
 M = TypeVar("M", bound=Strict)
 OPTIONS: Final = {
     "op": tuple(SPEC),
-    "*": (*field_names(), *q.RunRequest.model_fields, *q.FitRequest.model_fields),
+    "*": (
+        *field_names(),
+        *q.RunRequest.model_fields,
+        *q.FitRequest.model_fields,
+        *q.SessionRequest.model_fields,
+        *Axis.model_fields,
+    ),
 }
 JSON: Final = "application/json"
 WAITERS: Final = 512
@@ -149,6 +156,13 @@ async def run(request: Request, caller: Caller, idempotency_key: Idempotency = N
     """Admits a program and starts its job."""
     body, vectors = await decode(request, q.RunRequest)
     return await _off_loop(request, _service(request).run, caller, body, vectors, idempotency_key)
+
+
+@router.post("/sessions", tags=["programs"], status_code=202, openapi_extra=openapi.body(q.SessionRequest))
+async def session(request: Request, caller: Caller, idempotency_key: Idempotency = None) -> Response:
+    """Admits programs that run one after another; a later one may use what an earlier one captured."""
+    body, vectors = await decode(request, q.SessionRequest)
+    return await _off_loop(request, _service(request).session, caller, body, vectors, idempotency_key)
 
 
 @router.post("/fits", tags=["programs"], status_code=202, openapi_extra=openapi.body(q.FitRequest))

@@ -24,9 +24,11 @@ DESCRIPTION: Final = """Programs are data: typed nodes, checked and priced befor
 frame of JSON and safetensors (`application/vnd.trocar.frame`) when a request carries vectors. Every refusal
 has a code, a JSON path, a reason and a next step. Authenticate with `Authorization: Bearer trk_...`."""
 _REF: Final = "#/components/schemas/{model}"
-_REQUESTS: Final[tuple[type[BaseModel], ...]] = (q.RunRequest, q.FitRequest, q.TokenizeRequest)
+_REQUESTS: Final[tuple[type[BaseModel], ...]] = (
+    q.RunRequest, q.SessionRequest, q.FitRequest, q.TokenizeRequest,
+)  # fmt: skip
 _RESULTS: Final[tuple[type[BaseModel], ...]] = (
-    r.PlanView, r.JobView, r.RunResult, r.HandlesView, r.ModelsView,
+    r.PlanView, r.JobView, r.RunResult, r.SessionResult, r.HandlesView, r.ModelsView,
     r.CapabilitiesView, r.LedgerView, r.TokensView, r.EngineView,
 )  # fmt: skip
 
@@ -35,7 +37,7 @@ def body(model: type[BaseModel]) -> dict[str, Any]:
     """The request body of a route, for its `openapi_extra`; the body itself is read by our own decoder."""
     schema = {"schema": {"$ref": _REF.format(model=model.__name__)}}
     content: dict[str, Any] = {"application/json": schema}
-    if model is q.RunRequest:
+    if model in (q.RunRequest, q.SessionRequest):
         content[tensors.MEDIA_TYPE] = {"schema": {"type": "string", "format": "binary"}}
     return {"requestBody": {"required": True, "content": content}}
 

@@ -261,7 +261,11 @@ def fork_layer(programs: Sequence[Program], n_layers: int) -> int:
     that does. A variant that stops earlier than another shares what both compute.
     """
     first = programs[0]
-    moved = {node.id for i, node in enumerate(first.nodes) if any(p.nodes[i] != node for p in programs[1:])}
+    moved = {
+        node.id
+        for i, node in enumerate(first.nodes)
+        if any(p.nodes[i] is not node and p.nodes[i] != node for p in programs[1:])
+    }
     lowest = n_layers
     for i, node in enumerate(first.nodes):
         if node.id in moved or moved & set(_operands(node)):

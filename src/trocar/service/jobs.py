@@ -1,7 +1,7 @@
 """Jobs: work that outlives the request that started it. States, progress, waiting; results in memory.
 
 A job belongs to one tenant; anybody else's question gets the answer for a job that does not exist. Work runs
-on two small pools, one for runs (which wait for the engine) and one for fits, so neither starves the other.
+on pools of its kind, for runs and sessions (which wait for the engine) and for fits, so none starves another.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from trocar.wire import results as r
 
 log = logging.getLogger(__name__)
 JobId = NewType("JobId", str)
-Kind = Literal["run", "fit"]
+Kind = Literal["run", "fit", "session"]
 KEEP_S: Final = 3600.0
 MAX_UNFINISHED_PER_TENANT: Final = 64
 RECENT: Final = 16
 MAX_FINISHED_PER_TENANT: Final = 256
-WORKERS: Final[dict[Kind, int]] = {"run": 256, "fit": 1}  # runs only wait for the engine
+WORKERS: Final[dict[Kind, int]] = {"run": 256, "fit": 1, "session": 64}  # runs only wait for the engine
 
 
 @dataclass(slots=True)

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from trocar import errors
-from trocar.engine.protocol import F32, Engine
-from trocar.graph import check, ops
+from trocar.engine.protocol import Engine
+from trocar.graph import ops, sweep
 from trocar.graph.canonical import canonical_sites
-from trocar.graph.cost import Prices
+from trocar.graph.cost import Cost, Prices
 from trocar.graph.facts import HandleFacts, ModelFacts
 from trocar.graph.positions import NO_MARKS, Marks
 from trocar.graph.program import Program, canonical
-from trocar.graph.rules_values import arrays
 from trocar.graph.scope import Scope
 from trocar.models.load import Loaded
-from trocar.store import Reader, Store
+from trocar.store import Store
+from trocar.strict import Strict
 from trocar.wire.requests import Chat, RunRequest
 
 Vectors = Mapping[str, npt.NDArray[np.float32]]
@@ -40,19 +40,46 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A checked request with its tokens and a digest of everything that determines its result."""
+    """A checked request with its tokens and a digest of everything that determines its result.
+
+    Attributes:
+        program: as it was sent, with canonical names of sites.
+        variants: what runs: every variant of a sweep, or the program alone.
+        fork: layers that all variants compute alike; 0 for one program.
+    """
 
     request: RunRequest
-    checked: check.Checked
+    program: Program
+    variants: tuple[sweep.Variant, ...]
     tokens: tuple[tuple[int, ...], ...]
     vectors: Vectors
     digest: str
+    fork: int
+
+    @property
+    def cost(self) -> Cost:
+        """What all variants cost together."""
+        return sweep.cost(self.variants)
+
+    @property
+    def sequences(self) -> int:
+        """Prompts that are run, over all variants."""
+        return len(self.tokens) * len(self.variants)
 
 
 def prepare(
-    request: RunRequest, vectors: Vectors, served: Served, store: Store, owner: str, prices: Prices
+    request: RunRequest,
+    vectors: Vectors,
+    served: Served,
+    store: Store,
+    owner: str,
+    prices: Prices,
+    promised: Mapping[str, HandleFacts] | None = None,
 ) -> Prepared:
     """Tokenises, looks handles up and checks.
+
+    Args:
+        promised: facts of handles that will exist when the request runs.
 
     Raises:
         ProgramError: everything the checker finds.
@@ -64,12 +91,17 @@ def prepare(
         lengths=tuple(len(t) for t in tokens),
         generation=request.generation,
         tensors={name: tuple(v.shape) for name, v in vectors.items()},
-        handles=_handles(request.program, store, owner),
+        handles={**_handles(request.program, store, owner), **(promised or {})},
         encode=served.loaded.tokenize,
         marks=tuple(marks for _, marks in marked),
     )
-    checked = check.check(canonical_sites(request.program, served.facts), scope, prices)
-    return Prepared(request, checked, tokens, vectors, _digest(request, vectors))
+    variants = sweep.variants(request.program, request.sweep, scope, prices)
+    program = canonical_sites(request.program, served.facts)
+    fork = sweep.fork_layer([v.checked.program for v in variants], served.facts.n_layers)
+    alone = len(variants) == 1
+    return Prepared(
+        request, program, variants, tokens, vectors, digest(request, vectors), 0 if alone else fork
+    )
 
 
 def _marked(request: RunRequest, served: Served) -> list[tuple[tuple[int, ...], Marks]]:
@@ -106,11 +138,12 @@ def _tokens(
     return prompt, NO_MARKS
 
 
-def _digest(request: RunRequest, vectors: Vectors) -> str:
-    digest = hashlib.sha256(canonical(request))
+def digest(request: Strict, vectors: Vectors) -> str:
+    """SHA-256 of a request and of the arrays beside it, as hex."""
+    found = hashlib.sha256(canonical(request))
     for name in sorted(vectors):
-        digest.update(f"{name!r}{vectors[name].shape}".encode() + vectors[name].tobytes())
-    return digest.hexdigest()
+        found.update(f"{name!r}{vectors[name].shape}".encode() + vectors[name].tobytes())
+    return found.hexdigest()
 
 
 def named_handles(program: Program) -> tuple[str, ...]:
@@ -154,48 +187,3 @@ def handle_facts(handle: str, store: Store, owner: str) -> HandleFacts:
         widths={site: int(a["direction"].shape[0]) for site, a in artifact.arrays.items()},
         has_probe=all("weights" in a for a in artifact.arrays.values()),
     )
-
-
-def vector_values(prepared: Prepared, store: Store, owner: str) -> dict[str, F32]:
-    """Float32 [width] or [rows, columns] of every `tensor` and `vector` node; arrays of an `sae` node under
-    `id.w_enc` and so on."""
-    out: dict[str, F32] = {}
-    for node in prepared.checked.program.nodes:
-        if isinstance(node, ops.Tensor):
-            out[node.id] = prepared.vectors[node.name]
-        elif isinstance(node, ops.Sae):
-            out |= {f"{node.id}.{field}": prepared.vectors[name] for field, name in arrays(node).items()}
-        elif isinstance(node, ops.Vector):
-            out[node.id] = (
-                store.open_artifact(owner, node.handle).arrays[node.site][node.part].astype(np.float32)
-            )
-    return out
-
-
-def stored_values(prepared: Prepared, store: Store, owner: str) -> dict[str, tuple[F32, ...]]:
-    """Float32 [rows, width] per prompt of every `stored` node."""
-    out: dict[str, tuple[F32, ...]] = {}
-    for node in prepared.checked.program.nodes:
-        if isinstance(node, ops.Stored):
-            reader = store.open(owner, node.handle)
-            out[node.id] = _rows_of(reader, node.site, prepared.checked.stored[node.id])
-    return out
-
-
-def _rows_of(reader: Reader, site: str, wanted: Sequence[tuple[int, tuple[int, ...]]]) -> tuple[F32, ...]:
-    """Of each pair: those rows of that stored prompt. Prompts that nobody wants are not read."""
-    counts = reader.rows_per_prompt()
-    needed = sorted({prompt for prompt, rows in wanted if rows})
-    starts = dict(zip(needed, np.cumsum([0, *(counts[p] for p in needed)]).tolist(), strict=False))
-    data = reader.read(site, needed)
-    return tuple(data[starts.get(prompt, 0) + np.array(rows, dtype=np.int64)] for prompt, rows in wanted)
-
-
-def probe_values(prepared: Prepared, store: Store, owner: str) -> dict[str, tuple[F32, float]]:
-    """(weights [width], bias) of every `score` node that names a probe."""
-    out: dict[str, tuple[F32, float]] = {}
-    for node in prepared.checked.program.nodes:
-        if isinstance(node, ops.Score) and node.probe is not None and node.site is not None:
-            arrays = store.open_artifact(owner, node.probe).arrays[node.site]
-            out[node.id] = (arrays["weights"].astype(np.float32), float(arrays["bias"][0]))
-    return out

@@ -6,27 +6,41 @@ cannot be written. Order in every run: prepare (pure), reserve, run, store, rele
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, get_args
 
 from trocar import __version__, errors
 from trocar.gate import release
-from trocar.gate.gate import Gate
+from trocar.gate.gate import Gate, Hold
 from trocar.gate.keys import Principal
 from trocar.gate.release import Released
+from trocar.graph.cost import Cost
 from trocar.graph.facts import ModelFacts
 from trocar.graph.spec import EDITS, SPEC
 from trocar.service.fits import Fit, fit_cost, fit_digest
-from trocar.service.jobs import Claim, Jobs
-from trocar.service.prepare import Prepared, Served, Vectors, prepare
+from trocar.service.jobs import Claim, Jobs, Kind, Work
+from trocar.service.prepare import Prepared, Served, Vectors, digest, prepare
 from trocar.service.runs import Run
+from trocar.service.sessions import Session, prepare_session, session_cost
 from trocar.store import ArtifactInfo, HandleInfo, Store
 from trocar.wire import requests as q
 from trocar.wire import results as r
 
 MAX_WAIT_S: Final = 30.0
 SUMMED: Final = tuple(n for n in r.EngineView.model_fields if n != "most_requests_in_a_forward")
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """What a use case asks to be admitted: a job of `total` parts at this price."""
+
+    kind: Kind
+    total: int
+    cost: Cost
+    digest: str
+    idempotency_key: str | None
 
 
 class Service:
@@ -101,24 +115,32 @@ class Service:
         """Admits a program and starts its job."""
         served = self._served(request.model)
         prepared = self._prepare(principal, request, vectors, served)
-        total = len(prepared.tokens)
-        claim = _claim(principal, idempotency_key, prepared.digest)
-        running = self._jobs.running(principal.tenant, claim)
-        if running is not None:
-            return release.public(running, 202)
-        self._jobs.require_room(principal.tenant)
-        hold = self.gate.reserve(
-            principal, served.facts, prepared.checked.cost, prepared.digest, idempotency_key
-        )
-        if isinstance(hold, Released):
-            return release.public(self._jobs.finished(principal.tenant, "run", total, hold))
-        run = Run(prepared, served, self._store, self.gate, self._jobs, principal.tenant, hold)
-        try:
-            view = self._jobs.start(principal.tenant, "run", total, run.work, claim)
-        except errors.TrocarError:
-            self.gate.cancel(hold)
-            raise
-        return release.public(view, 202)
+        ask = _Ask("run", prepared.sequences, prepared.cost, prepared.digest, idempotency_key)
+
+        def work(hold: Hold) -> Work:
+            return Run(prepared, served, self._store, self.gate, self._jobs, principal.tenant, hold).work
+
+        return self._admit(principal, served, ask, work)
+
+    def session(
+        self,
+        principal: Principal,
+        request: q.SessionRequest,
+        vectors: Vectors,
+        idempotency_key: str | None,
+    ) -> Released:
+        """Admits programs that run one after another, and starts their job."""
+        served = self._served(request.steps[0].model, "steps[0].model")
+        steps = prepare_session(request, vectors, served, self._store, principal.tenant, self.gate.prices)
+        total = sum(step.sequences for step in steps)
+        cost = session_cost([step.cost for step in steps])
+        ask = _Ask("session", total, cost, digest(request, vectors), idempotency_key)
+
+        def work(hold: Hold) -> Work:
+            room = (self._store, self.gate, self._jobs, principal.tenant)
+            return Session(steps, request.keep, served, *room, hold).work
+
+        return self._admit(principal, served, ask, work)
 
     def fit(self, principal: Principal, request: q.FitRequest, idempotency_key: str | None) -> Released:
         """Admits a fit on stored rows and starts its job."""
@@ -128,18 +150,29 @@ class Service:
             reason = f"{request.handle!r} was made on another model than the {served.facts.name!r} of today"
             raise errors.refuse("wrong_handle", "handle", reason)
         cost = fit_cost(reader, request, self.gate.prices)
-        claim = _claim(principal, idempotency_key, fit_digest(request))
+        ask = _Ask("fit", len(reader.info.widths), cost, fit_digest(request), idempotency_key)
+
+        def work(hold: Hold) -> Work:
+            room = (self._store, self.gate, self._jobs, principal.tenant)
+            return Fit(request, reader, served, *room, hold).work
+
+        return self._admit(principal, served, ask, work)
+
+    def _admit(
+        self, principal: Principal, served: Served, ask: _Ask, work: Callable[[Hold], Work]
+    ) -> Released:
+        """Reserves and starts a job, or finds the job or the answer of the same request."""
+        key = ask.idempotency_key
+        claim = None if key is None else Claim(principal.key_id, key, ask.digest)
         running = self._jobs.running(principal.tenant, claim)
         if running is not None:
             return release.public(running, 202)
         self._jobs.require_room(principal.tenant)
-        hold = self.gate.reserve(principal, served.facts, cost, fit_digest(request), idempotency_key)
-        total = len(reader.info.widths)
+        hold = self.gate.reserve(principal, served.facts, ask.cost, ask.digest, key)
         if isinstance(hold, Released):
-            return release.public(self._jobs.finished(principal.tenant, "fit", total, hold))
-        fit = Fit(request, reader, served, self._store, self.gate, self._jobs, principal.tenant, hold)
+            return release.public(self._jobs.finished(principal.tenant, ask.kind, ask.total, hold))
         try:
-            view = self._jobs.start(principal.tenant, "fit", total, fit.work, claim)
+            view = self._jobs.start(principal.tenant, ask.kind, ask.total, work(hold), claim)
         except errors.TrocarError:
             self.gate.cancel(hold)
             raise
@@ -211,12 +244,10 @@ class Service:
         self._store.close()
         self.gate.close()
 
-    def _served(self, name: str) -> Served:
+    def _served(self, name: str, path: str = "model") -> Served:
         if name not in self._models:
             near = errors.closest(name, self._models)
-            raise errors.refuse(
-                "unknown_model", "model", f"this server does not serve {name!r}", closest=near
-            )
+            raise errors.refuse("unknown_model", path, f"this server does not serve {name!r}", closest=near)
         return self._models[name]
 
     def _prepare(
@@ -230,13 +261,8 @@ class Service:
         return {name: m.facts for name, m in self._models.items()}
 
 
-def _claim(principal: Principal, idempotency_key: str | None, digest: str) -> Claim | None:
-    return None if idempotency_key is None else Claim(principal.key_id, idempotency_key, digest)
-
-
 def _plan(prepared: Prepared, budget: r.BudgetView) -> r.PlanView:
-    checked = prepared.checked
-    cost = checked.cost
+    checked, cost = prepared.variants[0].checked, prepared.cost
     outputs = tuple(
         r.OutputPlan(id=n.id, op=n.op, leaves_as=SPEC[n.op].declassifier, bits=cost.bits_out[n.id])
         for n in checked.outputs()
@@ -250,12 +276,13 @@ def _plan(prepared: Prepared, budget: r.BudgetView) -> r.PlanView:
         model=prepared.request.model,
         prompts=len(prepared.tokens),
         lengths=checked.lengths,
-        program_digest=checked.program.digest(),
+        program_digest=prepared.program.digest(),
         cost=cost,
         outputs=outputs,
         edits=edits,
         budget=budget,
         admitted=budget.left_bits is None or cost.total_bits <= budget.left_bits,
+        variants=len(prepared.variants),
     )
 
 

@@ -177,7 +177,7 @@ PRIVATE = [
     ("POST", "/v1/tokenize"), ("POST", "/v1/plan"), ("POST", "/v1/runs"), ("POST", "/v1/fits"),
     ("GET", "/v1/jobs/job_x"), ("GET", "/v1/jobs/job_x/result"), ("DELETE", "/v1/jobs/job_x"),
     ("GET", "/v1/handles"), ("GET", "/v1/handles/act_x"), ("DELETE", "/v1/handles/act_x"),
-    ("GET", "/v1/ledger"), ("GET", "/v1/engine"),
+    ("GET", "/v1/ledger"), ("GET", "/v1/engine"), ("POST", "/v1/sessions"),
 ]  # fmt: skip
 
 

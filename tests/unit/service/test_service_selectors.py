@@ -41,10 +41,10 @@ def prepared(tiny: Any, store: Any, at: str, prompts: list[Any], **fields: Any) 
 def selected(tiny: Any, store: Any, at: str, prompts: list[Any], **fields: Any) -> list[str]:
     """The text that is selected in each prompt."""
     found = prepared(tiny, store, at, prompts, **fields)
-    (selection,) = set(map(id, found.checked.selections.values()))
-    rows = next(s for s in found.checked.selections.values() if id(s) == selection).rows
+    (selection,) = {id(s): s for s in found.variants[0].checked.selections.values()}.values()
     return [
-        tiny.decode([t[i] for i in r.prompt], special=True) for t, r in zip(found.tokens, rows, strict=True)
+        tiny.decode([t[i] for i in r.prompt], special=True)
+        for t, r in zip(found.tokens, selection.rows, strict=True)
     ]
 
 

@@ -1,0 +1,230 @@
+"""The session use case: programs one after another in one job, with values that never leave the server.
+
+All steps are checked and priced before the first one runs: what a step captures is known from its check, so a
+later step that reads it as `step0.name` is checked against rows that do not exist yet. One job, one hold, one
+bill. What a session captured is deleted at its end unless it is to be kept; when it fails, always.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from trocar import errors
+from trocar.engine.protocol import F32
+from trocar.gate.gate import Gate, Hold
+from trocar.gate.release import Released
+from trocar.graph import check, ops
+from trocar.graph.cost import Cost, Prices
+from trocar.graph.facts import HandleFacts
+from trocar.graph.program import Node
+from trocar.service.jobs import Job, Jobs
+from trocar.service.passes import Passes
+from trocar.service.prepare import Prepared, Served, Vectors, prepare
+from trocar.store import Store
+from trocar.wire import results as r
+from trocar.wire.requests import RunRequest, SessionRequest
+
+_STEP: Final = re.compile(r"step([0-9]{1,2})\.(.+)")
+
+
+# ---- before anything runs -------------------------------------------------------------------------
+
+
+def prepare_session(
+    request: SessionRequest, vectors: Vectors, served: Served, store: Store, owner: str, prices: Prices
+) -> tuple[Prepared, ...]:
+    """Checks and prices every step, in order, up to the first that is refused.
+
+    Raises:
+        ProgramError: everything the checker finds in that step, with the step in the path.
+    """
+    mine = _vectors(request, vectors)
+    steps: list[Prepared] = []
+    promised: dict[str, HandleFacts] = {}
+    for i, step in enumerate(request.steps):
+        try:
+            _require_model(step, served)
+            _require_names(step, i, steps, promised)
+            steps.append(prepare(step, mine[i], served, store, owner, prices, promised))
+        except errors.TrocarError as e:
+            raise type(e)([_within(i, refusal) for refusal in e.refusals]) from None
+        promised |= dict(_promises(i, steps[i], served))
+    return tuple(steps)
+
+
+def _within(step: int, refusal: errors.Refusal) -> errors.Refusal:
+    path = f"steps[{step}].{refusal.path}" if refusal.path else f"steps[{step}]"
+    return errors.Refusal(refusal.code, path, refusal.reason, refusal.next_step, refusal.closest)
+
+
+def _vectors(request: SessionRequest, vectors: Vectors) -> list[dict[str, F32]]:
+    """The arrays of each step, under the names that its program uses."""
+    found: list[dict[str, F32]] = [{} for _ in request.steps]
+    for name, array in vectors.items():
+        match = _STEP.fullmatch(name)
+        if match is None or int(match[1]) >= len(found):
+            raise errors.refuse(
+                "unknown_tensor", f"tensors.{name[:64]}", f"{name[:64]!r} belongs to no step of this session",
+                next_step="Name the arrays of step 0 step0.NAME, and so on.",
+            )  # fmt: skip
+        found[int(match[1])][match[2]] = array
+    return found
+
+
+def _require_model(step: RunRequest, served: Served) -> None:
+    if step.model != served.facts.name:
+        raise errors.refuse(
+            "bad_value", "model", f"{step.model!r} is not the model of the first step, {served.facts.name!r}",
+            next_step="Use one model in a session; hand values of another on as handles.",
+        )  # fmt: skip
+
+
+def _require_names(
+    step: RunRequest, index: int, before: Sequence[Prepared], promised: Mapping[str, HandleFacts]
+) -> None:
+    """Refuses a `step0.name` that will not be there, with the reason."""
+    found = []
+    for i, node in enumerate(step.program.nodes):
+        name, field = _handle_of(node)
+        match = _STEP.fullmatch(name)
+        if match is not None and name not in promised:
+            found.append(_absent(int(match[1]), match[2], index, before, f"program.nodes[{i}].{field}"))
+    if found:
+        raise errors.ProgramError(found[: check.MAX_REFUSALS])
+
+
+def _handle_of(node: Node) -> tuple[str, str]:
+    if isinstance(node, ops.Score):
+        return node.probe or "", "probe"
+    return (node.handle, "handle") if isinstance(node, ops.Stored | ops.Vector) else ("", "")
+
+
+def _absent(step: int, name: str, here: int, before: Sequence[Prepared], path: str) -> errors.Refusal:
+    if step >= here:
+        return errors.refusal(
+            "handle_not_found", path, f"step {step} does not run before step {here}",
+            next_step="Name a capture of an earlier step; steps count from 0.",
+        )  # fmt: skip
+    captures = [n.id for n in before[step].variants[0].checked.outputs() if isinstance(n, ops.Capture)]
+    if name not in captures:
+        near = errors.closest(name, captures)
+        return errors.refusal(
+            "handle_not_found", path, f"step {step} captures nothing under {name!r}",
+            closest=None if near is None else f"step{step}.{near}",
+            next_step=f"Name one of its captures: {', '.join(captures) or 'it has none'}.",
+        )  # fmt: skip
+    if before[step].request.sweep:
+        return errors.refusal(
+            "wrong_handle", path, f"step {step} is a sweep: each of its variants captures {name!r}",
+            next_step="Capture in a step without a sweep.",
+        )  # fmt: skip
+    return errors.refusal(
+        "wrong_handle", path, f"{name!r} of step {step} holds rows of generated tokens, whose number is not known "
+        "before it runs",
+        next_step="Capture prompt[...] rows, or use the handle in a request of its own.",
+    )  # fmt: skip
+
+
+def _promises(index: int, step: Prepared, served: Served) -> Iterator[tuple[str, HandleFacts]]:
+    """Facts of what a step will have captured, where they are known."""
+    if step.request.sweep:
+        return
+    checked = step.variants[0].checked
+    for node in checked.outputs():
+        if not isinstance(node, ops.Capture):
+            continue
+        values = [checked.values[ref] for ref in node.of]
+        if values[0].gen:
+            continue
+        counts = values[0].counts
+        yield (
+            f"step{index}.{node.id}",
+            HandleFacts(
+                handle=f"step{index}.{node.id}",
+                kind="activations",
+                fingerprint=served.facts.fingerprint,
+                widths={str(v.sites[0]): v.width for v in values},
+                rows_per_prompt=counts if node.reduce == "none" else (1,) * len(counts),
+            ),
+        )
+
+
+def session_cost(steps: Sequence[Cost]) -> Cost:
+    """The sum over the steps, with one overhead; the prices of step i stand under `stepi.`."""
+    bits = {"overhead": steps[0].bits_out["overhead"]}
+    for i, step in enumerate(steps):
+        bits |= {f"step{i}.{name}": n for name, n in step.bits_out.items() if name != "overhead"}
+    return Cost(
+        tokens=sum(c.tokens for c in steps),
+        rows_read=sum(c.rows_read for c in steps),
+        flops=sum(c.flops for c in steps),
+        bytes_stored=sum(c.bytes_stored for c in steps),
+        bits_out=bits,
+        total_bits=sum(bits.values()),
+        download_bits=sum(c.download_bits for c in steps),
+    )
+
+
+# ---- the job --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One admitted session; `work` is what its job does."""
+
+    steps: tuple[Prepared, ...]
+    keep: bool
+    served: Served
+    store: Store
+    gate: Gate
+    jobs: Jobs
+    tenant: str
+    hold: Hold
+
+    def work(self, job: Job) -> Released:
+        passes: list[Passes] = []
+        try:
+            results = self._run(job, passes)
+            if not self.keep:  # before the release: what follows it cannot be undone
+                self._erase(passes)
+            return self.gate.release(self.hold, r.SessionResult(steps=results))
+        except BaseException:
+            self._undo(passes)
+            raise
+
+    def _run(self, job: Job, passes: list[Passes]) -> tuple[r.RunResult, ...]:
+        made: dict[str, str] = {}
+        results, before = [], 0
+        for i, step in enumerate(self.steps):
+            room = (self.served, self.store, self.jobs, self.tenant)
+            passes.append(Passes(f"{job.id}.{i}", step, *room))
+            done = passes[i].run(job, made, before)
+            results.append(self._answer(passes[i].answer(done, step.cost.total_bits)))
+            made |= {f"step{i}.{name}": w.id for name, w in passes[i].writers[0].items()}
+            before += step.sequences
+        return tuple(results)
+
+    def _answer(self, result: r.RunResult) -> r.RunResult:
+        """The result without handles that will not be there."""
+        if self.keep:
+            return result
+        variants = tuple(v.model_copy(update={"outputs": _left(v.outputs)}) for v in result.sweep)
+        return result.model_copy(update={"outputs": _left(result.outputs), "sweep": variants})
+
+    def _undo(self, passes: list[Passes]) -> None:
+        """Nothing was released: the rows go, the overhead stays charged."""
+        try:
+            self.gate.cancel(self.hold)
+        finally:
+            self._erase(passes)
+
+    def _erase(self, passes: list[Passes]) -> None:
+        for one in passes:
+            one.erase()
+
+
+def _left(outputs: Mapping[str, r.Output]) -> dict[str, r.Output]:
+    return {name: o for name, o in outputs.items() if not isinstance(o, r.CaptureOutput)}
