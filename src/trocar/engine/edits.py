@@ -181,7 +181,7 @@ def _sound(writes: Sequence[Write], before_ND: torch.Tensor, after_ND: torch.Ten
             good.add(write)
             continue
         after_ND[rows] = before_ND[rows]
-        write.step.run.fail(not_finite(write.node, write.step))
+        write.step.fail(write.node.id, not_finite(write.node, write.step))
     return good
 
 

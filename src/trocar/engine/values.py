@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 import torch
 
+from trocar import errors
 from trocar.engine.layout import Layout, Picked
 from trocar.engine.runs import PROMPT_LEVEL, REQUEST_LEVEL, Run, top_k
 from trocar.graph import ops
@@ -42,7 +43,7 @@ class Step:
         settled: every member's prompt has been seen, so prompt-wide values are kept ones.
         leader: the sweep variant whose rows this one shares below the layer where they part.
         parted: first stage with rows of its own.
-        stages: number of stages of the pass.
+        broken: edits that failed in this step, and why: variants that share them fail with them.
     """
 
     run: Run
@@ -52,7 +53,13 @@ class Step:
     parted: int = 0
     read: dict[str, Held] = field(default_factory=dict)
     effects: dict[str, tuple[int, float, float]] = field(default_factory=dict)
+    broken: dict[str, errors.TrocarError] = field(default_factory=dict)
     _made: dict[str, Held] = field(default_factory=dict)
+
+    def fail(self, edit: str, error: errors.TrocarError) -> None:
+        """Ends the task because of one of its edits."""
+        self.broken[edit] = error
+        self.run.fail(error)
 
     def pick(self, at: str, stage: int = 0) -> Picked:
         return self.layout.pick(self.run.task.checked.selections[at], stage)

@@ -144,7 +144,7 @@ class PatternVisit:
         after[:, :, keys] = 0.0
         rest = after.sum(-1, keepdim=True)
         if not bool((rest > 0).all()):  # several knockouts together, or attention that was there alone
-            self._step.run.fail(nothing_left(node))
+            self._step.fail(node.id, nothing_left(node))
             return
         after /= rest
         probs_HTL[heads[:, None], at[None]] = after
@@ -176,10 +176,14 @@ def pattern_layers(step: Step) -> dict[int, list[SiteNode]]:
     }
 
 
-def copy_effects(step: Step) -> None:
-    """A sweep variant's receipts for edits that its leader made for both."""
-    if step.leader is None:
+def follow(step: Step, stage_of: Callable[[Site], int]) -> None:
+    """A sweep variant takes over what its leader's edits did for both, or that they failed for both."""
+    leader = step.leader
+    if leader is None:
         return
-    for edit, effect in step.leader.effects.items():
-        if edit not in step.effects and edit in step.run.tallies:
-            step.run.tallies[edit].add(*effect)
+    shared = [n.id for s, nodes in step.run.by_site.items() if stage_of(s) < step.parted for n in nodes]
+    for name in shared:
+        if name in leader.broken:
+            step.run.fail(leader.broken[name])
+        elif name in leader.effects:
+            step.run.tallies[name].add(*leader.effects[name])

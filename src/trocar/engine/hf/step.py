@@ -19,7 +19,7 @@ from trocar.engine.hf.stages import Entry, Stage, stages
 from trocar.engine.layout import Layout, Member
 from trocar.engine.readout import Asks, Readout, Then
 from trocar.engine.values import Step
-from trocar.engine.visits import PatternVisit, copy_effects, pattern_layers, visitors
+from trocar.engine.visits import PatternVisit, follow, pattern_layers, visitors
 from trocar.sites import Site
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class Pass:
     def _settle(self) -> None:
         """Prompts that were seen to their end: their prompt-wide values are kept, if tokens follow."""
         for live, step, entries in self.steps:
-            copy_effects(step)
+            follow(step, self._stage_of)
             seen = all(e.chunk.sequence.fed + e.chunk.count >= e.chunk.sequence.length for e in entries)
             if live.run.failed is None and live.keeps_values and not step.settled and seen:
                 _guarded(live, step.keep)
