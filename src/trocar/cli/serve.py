@@ -63,6 +63,15 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Torch threads; torch's choice by default.")
     ] = None,
+    step_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens in one forward pass (512): fewer answer sooner, more take less time each."
+        ),
+    ] = None,
+    kv_gib: Annotated[
+        float | None, typer.Option(min=0.01, help="Memory for keys and values of each model, in GiB (2).")
+    ] = None,
     log_level: Annotated[LogLevel, typer.Option(help="What goes to stderr.")] = LogLevel.warning,
     save_key: Annotated[
         bool, typer.Option("--save-key", help="Write address and key to the SDK's config file.")
@@ -95,7 +104,7 @@ def serve(
                 write_ready(ready_file, address.url)
             print(f"trocar ready {address.url}", flush=True)
 
-        assembly = _load(model, folder, gate, threads)
+        assembly = _load(model, folder, gate, Sizes(threads, step_tokens, kv_gib))
         from trocar.cli.serving import HttpServer
 
         server = HttpServer(assembly, log_level, on_ready)
@@ -127,11 +136,28 @@ def _open_gate(folder: Folder, stack: ExitStack) -> Gate:
     return gate
 
 
-def _load(names: Sequence[str], folder: Folder, gate: Gate, threads: int | None) -> Assembly:
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What an operator may set about engines; None for the default."""
+
+    threads: int | None
+    step_tokens: int | None
+    kv_gib: float | None
+
+
+def _load(names: Sequence[str], folder: Folder, gate: Gate, sizes: Sizes) -> Assembly:
     print(f"loading {', '.join(names)} ...", flush=True)
     from trocar.service.compose import assemble
 
-    return assemble(names, folder.store, gate, threads=threads)
+    kv_bytes = None if sizes.kv_gib is None else int(sizes.kv_gib * (1 << 30))
+    return assemble(
+        names,
+        folder.store,
+        gate,
+        threads=sizes.threads,
+        step_tokens=sizes.step_tokens,
+        kv_bytes=kv_bytes,
+    )
 
 
 def _saved_secret(gate: Gate) -> str | None:

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from trocar.engine.hf.engine import HFEngine
+from trocar.engine.hf.engine import HFEngine, Limits
 from trocar.gate.gate import Gate
 from trocar.models.load import load
 from trocar.service.prepare import Served
@@ -33,7 +33,15 @@ class Assembly:
             served.engine.close()
 
 
-def assemble(refs: Sequence[str], store: Path, gate: Gate, *, threads: int | None = None) -> Assembly:
+def assemble(
+    refs: Sequence[str],
+    store: Path,
+    gate: Gate,
+    *,
+    threads: int | None = None,
+    step_tokens: int | None = None,
+    kv_bytes: int | None = None,
+) -> Assembly:
     """Loads and validates the models, opens the store, and joins them.
 
     Args:
@@ -41,16 +49,20 @@ def assemble(refs: Sequence[str], store: Path, gate: Gate, *, threads: int | Non
         store: folder of the store.
         gate: open; closed by `Service.close` from then on, by the caller when this raises.
         threads: torch threads for the whole process; unchanged when None.
+        step_tokens: rows of one forward pass, of each engine; the engine's default when None.
+        kv_bytes: memory for keys and values, of each engine; the engine's default when None.
 
     Raises:
         NotFound, RunFailed: as `models.load`.
         PolicyRefusal: `limit_changed` when the ledger knows a model's lineage with other numbers.
     """
+    usual = Limits()
+    limits = replace(usual, step_tokens=step_tokens or usual.step_tokens, kv_bytes=kv_bytes or usual.kv_bytes)
     with ExitStack() as undo:
         served = []
         for ref in refs:
             loaded = load(ref, threads=threads)
-            engine = HFEngine(loaded)
+            engine = HFEngine(loaded, limits)
             undo.callback(engine.close)
             served.append(Served(loaded, engine))
         opened = Store(store)

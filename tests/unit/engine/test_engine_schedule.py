@@ -55,8 +55,9 @@ def live(
 
 def scheduler(**limits: Any) -> Scheduler:
     made = Limits(**limits)
-    kv = KV(KVShape(FACTS.n_layers, 1, 4, torch.float32), made.kv_tokens)
-    return Scheduler(made, kv, PrefixCache(kv, made.kv_tokens // 4))
+    shape = KVShape(FACTS.n_layers, 1, 4, torch.float32)
+    kv = KV(shape, made.tokens_of(shape))
+    return Scheduler(made, kv, PrefixCache(kv, kv.limit_tokens // 4))
 
 
 def advance(s: Scheduler, chunks: list[Chunk]) -> None:

@@ -74,7 +74,9 @@ def test_sharing_changes_nothing_but_the_work(engine: HFEngine, most: int) -> No
         assert isinstance(found, TaskResult)
         assert np.array_equal(found.outputs["lp"].logprobs, one.outputs["lp"].logprobs)
         assert [(e.id, e.rows) for e in found.edits] == [(e.id, e.rows) for e in one.edits]
-        assert [e.norm_after for e in found.edits] == pytest.approx([e.norm_after for e in one.edits], rel=1e-6)
+        assert [e.norm_after for e in found.edits] == pytest.approx(
+            [e.norm_after for e in one.edits], rel=1e-6
+        )
         assert sum(len(p["resid_post.0"]) for p in sent.sinks["kept"].parts) == sum(map(len, TOKENS))
         if most:
             assert found.outputs["text"] == one.outputs["text"]

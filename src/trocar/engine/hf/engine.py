@@ -43,8 +43,8 @@ class HFEngine:
         self._limits = limits or Limits()
         self._body, shape = _body(loaded)
         self._facts = validate_packing(loaded, self._body, shape)
-        kv = KV(shape, self._limits.kv_tokens)
-        self._scheduler = Scheduler(self._limits, kv, PrefixCache(kv, self._limits.kv_tokens // 4))
+        kv = KV(shape, self._limits.tokens_of(shape))
+        self._scheduler = Scheduler(self._limits, kv, PrefixCache(kv, kv.limit_tokens // 4))
         self._wake = threading.Condition()
         self._closing = False
         self._over = False
@@ -78,11 +78,12 @@ class HFEngine:
 
     def _require_room(self, task: Task) -> None:
         most = max(len(t) for t in task.tokens) + task.checked.generation.max_new_tokens
-        if KV.capacity(most) > self._limits.kv_tokens:
+        limit = self._scheduler.kv.limit_tokens
+        if KV.capacity(most) > limit:
             raise errors.refuse(
                 "too_expensive",
                 "prompts",
-                f"a prompt with its text takes {most} tokens; this engine holds {self._limits.kv_tokens}",
+                f"a prompt with its text takes {most} tokens; this engine holds {limit}",
             )
 
     def cancel(self, request: str) -> None:

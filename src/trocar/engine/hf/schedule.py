@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from trocar.engine.hf.kv import KV, PrefixCache, Slot
+from trocar.engine.hf.kv import KV, KVShape, PrefixCache, Slot
 from trocar.engine.hf.sequences import Live, Sequence, block_keys, first_row
 
 
@@ -24,7 +24,8 @@ class Limits:
 
     Attributes:
         step_tokens: rows of one forward pass; a prompt that must not be divided may exceed it alone.
-        kv_tokens: capacity for keys and values, in tokens.
+        kv_bytes: memory for keys and values.
+        kv_tokens: the same as a number of tokens, instead of the bytes.
         sequences: most sequences that hold keys and values.
         held_bytes: most bytes of values that running programs hold.
         gather_s: how long an idle engine waits for company after the first request.
@@ -33,12 +34,17 @@ class Limits:
     """
 
     step_tokens: int = 512
-    kv_tokens: int = 65_536
+    kv_bytes: int = 2 << 30
+    kv_tokens: int | None = None
     sequences: int = 96
     held_bytes: int = 1 << 30
     gather_s: float = 0.005
     waiting_requests: int = 256
     prefix_cache: bool = True
+
+    def tokens_of(self, shape: KVShape) -> int:
+        """Tokens whose keys and values fit."""
+        return self.kv_bytes // shape.token_bytes if self.kv_tokens is None else self.kv_tokens
 
 
 @dataclass(frozen=True, slots=True)
