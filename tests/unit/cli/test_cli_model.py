@@ -10,6 +10,7 @@ import pytest
 
 from trocar.cli import show
 from trocar.models import cache
+from trocar.models.catalog import CATALOG
 
 NAME = "smollm2-135m-instruct"
 
@@ -27,16 +28,22 @@ def plant(home: Path) -> Path:
     return folder
 
 
+def _row(trocar: Any) -> Any:
+    return next(row for row in trocar("model", "list", "--json").json if row["name"] == NAME)
+
+
 def test_the_catalog_is_listed_without_a_cache(trocar: Any) -> None:
-    [row] = trocar("model", "list", "--json").json
-    assert (row["name"], row["state"], row["license"], row["path"]) == (NAME, "not pulled", "Apache-2.0", "")
+    rows = {row["name"]: row for row in trocar("model", "list", "--json").json}
+    assert rows.keys() == CATALOG.keys()
+    row = rows[NAME]
+    assert (row["state"], row["license"], row["path"]) == ("not pulled", "Apache-2.0", "")
     assert "not pulled" in trocar("model", "list").out
 
 
 def test_a_cached_model_has_a_place_and_a_size(trocar: Any, home: Path) -> None:
     folder = plant(home)
-    [row] = trocar("model", "list", "--json").json
-    assert (row["name"], row["state"], row["path"]) == (NAME, "cached", str(folder))
+    row = _row(trocar)
+    assert (row["state"], row["path"]) == ("cached", str(folder))
     assert row["size_bytes"] == sum(p.stat().st_size for p in folder.iterdir())
     assert str(folder) in trocar("model", "list").out  # a pipe is not folded
 
@@ -45,7 +52,7 @@ def test_changed_files_show_as_damaged_and_doctor_fails(trocar: Any, home: Path)
     folder = plant(home)
     assert "cache" not in {f["check"] for f in trocar("doctor", "--json").json if f["level"] == "fail"}
     (folder / "config.json").write_text('{"a": 1}')
-    assert trocar("model", "list", "--json").json[0]["state"] == "damaged"
+    assert _row(trocar)["state"] == "damaged"
     ran = trocar("doctor", "--json")
     assert ran.code == 1
     [bad] = [f for f in ran.json if f["level"] == "fail"]
