@@ -5,6 +5,7 @@ A run has one of these, a session one per step. Whoever owns it releases the res
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -25,6 +26,7 @@ from trocar.store import RowTable, Store, Writer
 from trocar.wire import results as r
 
 IN_FLIGHT: Final = 32  # variants of one sweep that are in the engine at once: the queue belongs to everybody
+FULL_S: Final = 0.2
 NOTHING: Final[Mapping[str, str]] = {}
 
 
@@ -81,8 +83,11 @@ class Passes:
         try:
             while waiting or running:
                 self.jobs.require_wanted(job)
-                self._fill(waiting, running, made, progress)
+                self._fill(waiting, running, made, progress, begun=bool(results) or before > 0)
                 self.jobs.stoppable(job, self._stop)
+                if not running:
+                    time.sleep(FULL_S)
+                    continue
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     results[running.pop(future)] = future.result()
         except BaseException:
@@ -97,13 +102,15 @@ class Passes:
         running: dict[Future[TaskResult], int],
         made: Mapping[str, str],
         progress: _Progress,
+        *,
+        begun: bool,
     ) -> None:
-        """Hands variants to the engine; a full engine is an error only when none of ours is in it."""
+        """Hands variants to the engine; a full engine refuses a request that has not begun, and delays one that has."""
         while waiting and len(running) < IN_FLIGHT:
             try:
                 future = self.served.engine.submit(self._task(waiting[0], made, progress.of(waiting[0])))
-            except errors.Overloaded:
-                if not running:
+            except errors.Overloaded as e:
+                if e.code != "queue_full" or not (running or begun):
                     raise
                 return
             running[future] = waiting.popleft()
