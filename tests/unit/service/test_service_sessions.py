@@ -243,8 +243,8 @@ def test_a_session_above_the_budget_runs_nothing(server: Any) -> None:
     """Each step alone would fit."""
     eve, facts = server.principals["eve"], server.service.facts["shut"]
     left = server.service.gate.budget(eve, facts).left_bits
-    rows = int(0.6 * left / (20 * (9 + 24)))
-    asked = step(READ, ops.Lens(id="top", of=("r",), top_k=20), prompts=("a",) * rows, model="shut")
+    rows = int((0.6 * left - 256) / (9 + 24))
+    asked = step(READ, ops.Lens(id="top", of=("r",), top_k=1), prompts=("a",) * rows, model="shut")
     plan = json.loads(server.service.plan(eve, asked, {}).payload)
     assert plan["admitted"]
     before = server.forwards()
