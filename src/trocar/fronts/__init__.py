@@ -1,0 +1,1 @@
+"""What the spellings of other libraries share: values that record themselves, indices, saved results."""
