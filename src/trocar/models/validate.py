@@ -50,6 +50,7 @@ class Identity:
         sources: the sites on the right.
         compute: the right side from the tensors that left the sources, `[B, T, D]`.
         exact: whether both sides must be the same bits.
+        first: whether it holds for the first token alone.
     """
 
     text: str
@@ -58,10 +59,13 @@ class Identity:
     sources: tuple[Site, ...]
     compute: Callable[[Seen], torch.Tensor]
     exact: bool = False
+    first: bool = False
 
     def error(self, pass_: Pass) -> torch.Tensor:
         """Relative error of each token row, `[B, T]`; infinite where equal bits were due and are not."""
         left, right = pass_.arrived[self.target], self.compute(pass_.left)
+        if self.first:
+            left, right = left[:, :1], right[:, :1]
         if self.exact:
             return torch.where((left == right).all(-1), 0.0, torch.inf)
         return relative(left, right)
@@ -108,6 +112,7 @@ def _layer_identities(adapter: SiteAdapter, layer: int) -> Iterator[Identity]:
     yield through("attn_in", "resid_pre", "attn_in", "attn_in")
     for name in _ATTENDED:
         yield _projected(adapter, at("attn_in"), at(name))
+    yield _attended_alone(adapter, layer)
     yield through("z", "z", "attn_out", "z")
     if adapter.family.sandwich:
         attended, computed = ("attn_out_post", "mlp_out_post")
@@ -146,6 +151,19 @@ def _projected(adapter: SiteAdapter, source: Site, target: Site) -> Identity:
     )
 
 
+def _attended_alone(adapter: SiteAdapter, layer: int) -> Identity:
+    """The first token can attend to itself only, so each of its heads passes its value on."""
+    v, z = Site("v", layer), Site("z", layer)
+    width = int(adapter.attention(layer).head_dim)  # type: ignore[arg-type]
+
+    def compute(seen: Seen) -> torch.Tensor:
+        heads = seen[v].view(*seen[v].shape[:-1], -1, width)
+        sharing = seen[z].shape[-1] // seen[v].shape[-1]
+        return heads.repeat_interleave(sharing, dim=-2).flatten(-2)
+
+    return Identity(f"{z} == {v} at the first token", ("v", "z"), z, (v, z), compute, first=True)
+
+
 def _inside(block: nn.Module, inner: nn.Module, source: Site, target: Site) -> Identity:
     """What `inner` is given when `block` runs alone on what left the source."""
 
@@ -156,7 +174,7 @@ def _inside(block: nn.Module, inner: nn.Module, source: Site, target: Site) -> I
             block(seen[source])
         finally:
             hook.remove()
-        return given[0]
+        return given[0] if given else seen[target] * torch.nan
 
     text = f"{target} == the inside of {type(block).__name__}({source})"
     return Identity(text, (target.name,), target, (source,), compute)
@@ -207,8 +225,13 @@ def _needed(checks: list[Identity]) -> list[Site]:
     return list(dict.fromkeys(site for check in checks for site in (check.target, *check.sources)))
 
 
-def _run(adapter: SiteAdapter, tokens: torch.Tensor, sites: list[Site], edits: Mapping[Site, int]) -> Pass:
-    """One forward pass that keeps `sites` and edits batch row `edits[site]` at token `_EDIT_AT`."""
+def _run(
+    adapter: SiteAdapter, tokens: torch.Tensor, sites: list[Site], edits: Mapping[Site, int], last: int = 0
+) -> Pass:
+    """One forward pass that keeps `sites` and edits batch row `edits[site]` at token `_EDIT_AT`.
+
+    Logits are made for the `last` tokens, for all when 0: they are most of the work of a small model.
+    """
     arrived: dict[Site, torch.Tensor] = {}
     left: dict[Site, torch.Tensor] = {}
 
@@ -221,7 +244,7 @@ def _run(adapter: SiteAdapter, tokens: torch.Tensor, sites: list[Site], edits: M
         return left[site].clone()
 
     with tapped(adapter, {site: partial(visitor, site) for site in sites}):
-        logits = adapter.model(input_ids=tokens, use_cache=False).logits
+        logits = adapter.model(input_ids=tokens, use_cache=False, logits_to_keep=last).logits
     return Pass(logits, arrived, left)
 
 
@@ -241,10 +264,11 @@ def _check_edits(adapter: SiteAdapter, vocab_size: int, failed: Mapping[str, str
     sites = [Site(name, i) for name in names for i in (layers if SITES[name].layered else [None])]
     edits = {site: row for row, site in enumerate(sites, start=1)}
     checks = [c for c in identities(adapter, layers) if not failed.keys() & set(c.blamed)]
-    kept = [*_needed(checks), *edits, *(Site("z", i) for i in layers)]
+    kept = [*_needed(checks), *edits, *(Site("z", i) for i in layers), Site("final_norm")]
     tokens = _tokens(vocab_size, 1, _EDIT_TOKENS).expand(len(edits) + 1, -1)
-    edited = _run(adapter, tokens, list(dict.fromkeys(kept)), edits)
-    unembedded = relative(adapter.unembed(edited.left[Site("final_norm")]), edited.logits)
+    edited = _run(adapter, tokens, list(dict.fromkeys(kept)), edits, _EDIT_TOKENS - _EDIT_AT)
+    reached = edited.left[Site("final_norm")][:, _EDIT_AT:]
+    unembedded = relative(adapter.unembed(reached), edited.logits)
     found = [(c.text, c.error(edited)) for c in checks] + [("logits == unembed(final_norm)", unembedded)]
     reasons: dict[str, str] = {}
     for site, row in edits.items():
@@ -259,15 +283,25 @@ def _verdict(site: Site, row: int, found: list[tuple[str, torch.Tensor]], edited
         worst = float(error[row].max())
         if not worst <= TOLERANCE:
             return f"{site} breaks {text} (relative error {worst:.1e})"
-    if site.name in _ATTENDED:
-        z = edited.arrived[Site("z", site.layer)]
-        if not float(relative(z[row, _EDIT_AT], z[0, _EDIT_AT])) >= MOVED:
-            return f"{site} does not change the heads' outputs"
+    if site.name in _ATTENDED and (wrong := _misattended(site, row, edited)) is not None:
+        return f"{site} {wrong}"
     for place, rows in edited.left.items():
         early = float(relative(rows[row, :_EDIT_AT], rows[0, :_EDIT_AT]).max())
         if not early <= PADDING_TOLERANCE:
             return f"{site} changes tokens before it at {place} (relative change {early:.1e})"
     return None
+
+
+def _misattended(site: Site, row: int, edited: Pass) -> str | None:
+    """Queries act on their own token alone, keys and values on every later one too."""
+    z = edited.arrived[Site("z", site.layer)]
+    moved = relative(z[row, _EDIT_AT:], z[0, _EDIT_AT:])
+    own, later = float(moved[0]), float(moved[1:].max())
+    if not own >= MOVED:
+        return "does not change the heads' outputs"
+    if site.name == "q":
+        return None if later <= PADDING_TOLERANCE else "changes the heads' outputs of later tokens"
+    return None if later >= MOVED else "does not change the heads' outputs of later tokens"
 
 
 def _check_padding(adapter: SiteAdapter, vocab_size: int) -> None:
