@@ -49,7 +49,7 @@ _TABLE: Final = (
         False,
         "d_model",
         True,
-        "Token embeddings as they enter layer 0 (scaled where the family scales them).",
+        "Embeddings as they enter layer 0 (scaled, or with positions added, where the family does that).",
     ),
     SiteSpec(
         "resid_pre",
@@ -67,16 +67,35 @@ _TABLE: Final = (
         True,
         "What the attention block reads: the stream after its input norm.",
     ),
-    SiteSpec("q", 3, True, "d_heads", True, "Queries before the rotary embedding, heads concatenated."),
     SiteSpec(
-        "k", 4, True, "d_kv_heads", True, "Keys before the rotary embedding, key/value heads concatenated."
+        "q",
+        3,
+        True,
+        "d_heads",
+        True,
+        "Queries as projected, before any per-head norm and the rotary embedding, heads concatenated.",
+    ),
+    SiteSpec(
+        "k",
+        4,
+        True,
+        "d_kv_heads",
+        True,
+        "Keys as projected, before any per-head norm and the rotary embedding, key/value heads concatenated.",
     ),
     SiteSpec("v", 5, True, "d_kv_heads", True, "Values, key/value heads concatenated."),
     SiteSpec("attn_probs", 6, True, "d_heads", False, "Attention pattern after the softmax."),
     SiteSpec(
         "z", 7, True, "d_heads", True, "Per-head outputs before the output projection, heads concatenated."
     ),
-    SiteSpec("attn_out", 8, True, "d_model", True, "Output of the attention block's output projection."),
+    SiteSpec(
+        "attn_out",
+        8,
+        True,
+        "d_model",
+        True,
+        "Output of the attention block's output projection, before a sandwich norm.",
+    ),
     SiteSpec(
         "attn_out_post",
         9,
@@ -88,7 +107,9 @@ _TABLE: Final = (
     SiteSpec("resid_mid", 10, True, "d_model", True, "The residual stream between attention and MLP."),
     SiteSpec("mlp_in", 11, True, "d_model", True, "What the MLP reads: the stream after its input norm."),
     SiteSpec("mlp_act", 12, True, "d_mlp", True, "MLP neurons: the input of the down projection."),
-    SiteSpec("mlp_out", 13, True, "d_model", True, "Output of the MLP's down projection."),
+    SiteSpec(
+        "mlp_out", 13, True, "d_model", True, "Output of the MLP's down projection, before a sandwich norm."
+    ),
     SiteSpec(
         "mlp_out_post",
         14,
