@@ -21,6 +21,8 @@ STATEMENTS = [
     for what in ("wonderful", "terrible", "delightful", "awful")
 ]
 LABELS = [1, 0, 1, 0] * 4
+# Pages whose blocks run from top to bottom and print what the page shows.
+PAGES = ("positions.md",)
 
 
 class Clients:

@@ -11,6 +11,7 @@ import docs_run
 import pytest
 from docs_blocks import Block, blocks
 from docs_desk import MODEL, Desk
+from docs_run import PAGES
 
 import trocar
 from trocar.codes import CODES
@@ -19,8 +20,8 @@ from trocar.errors import kind_of
 pytestmark = [pytest.mark.model, pytest.mark.e2e]
 ROOT = reference.ROOT
 DOCS = reference.DOCS
-# programs.md only records; its blocks run in test_docs_reference
-ELSEWHERE = {DOCS / "programs.md"}
+# programs.md only records; its blocks run in test_docs_reference, those of the others in test_docs_pages
+ELSEWHERE = {DOCS / name for name in ("programs.md", *PAGES)}
 
 
 @pytest.fixture(scope="module", autouse=True)
