@@ -68,9 +68,9 @@ def stages(chunks: Seq[Chunk], n_layers: int) -> tuple[list[Stage], list[Entry]]
 
 
 def _depth(chunk: Chunk, n_layers: int) -> int:
-    """One more than the last layer when rows after the last norm are wanted."""
+    """One more than the last layer when rows after the last norm are wanted; at least one, for the embeddings."""
     checked = chunk.sequence.live.task.checked
-    return n_layers + 1 if checked.needs_final else checked.depth
+    return n_layers + 1 if checked.needs_final else max(1, checked.depth)
 
 
 def _index(here: tuple[Entry, ...], by_sequence: dict[int, Entry], number: int) -> torch.Tensor:
