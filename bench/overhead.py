@@ -60,7 +60,7 @@ class Turn:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    rounds, tokens = (3, 16) if parser.parse_args().quick else (9, TOKENS)
+    rounds, tokens = (3, 16) if parser.parse_args().quick else (7, TOKENS)
     torch.set_num_threads(1)
     loaded = load("smollm2-135m-instruct")
     runner = room.engine(loaded)

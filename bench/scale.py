@@ -163,7 +163,7 @@ def main() -> None:
     home, _ = locate(MODEL)
     with tempfile.TemporaryDirectory() as folder:
         desk = Desk(narrow(home, Path(folder)), NARROW_TOKENS)
-        found = table(desk, 2 if quick else 7)
+        found = table(desk, 2 if quick else 4)
         desk.runner.close()
     show(found)
     terms = fit(found)

@@ -1,7 +1,8 @@
 """Runs every `bench/NAME.py` alone, one after the other, and keeps its last line: `make bench`.
 
 A benchmark is a module that prints one JSON object as its last line. It goes to `bench/results/NAME.json`, the
-only place that documents may quote numbers from. Arguments are passed on: `make bench ARGS=--quick`.
+only place that documents may quote numbers from; `docs/speed.md` is rewritten from it. Options are passed on, and
+names choose: `make bench ARGS="check --quick"`.
 """
 
 from __future__ import annotations
@@ -40,10 +41,15 @@ def main() -> int:
     # a module beside them that cannot be run is what benchmarks share
     files = sorted((ROOT / "bench").glob("*.py"))
     names = [p.stem for p in files if 'if __name__ == "__main__":' in p.read_text()]
-    if not names:
-        print("There are no benchmarks yet.")
-        return 0
-    return int(not all([run(name, sys.argv[1:]) for name in names]))
+    options = [a for a in sys.argv[1:] if a.startswith("-")]
+    chosen = [a for a in sys.argv[1:] if not a.startswith("-")]
+    unknown = sorted(set(chosen) - set(names))
+    if unknown:
+        print(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(names)}", file=sys.stderr)
+        return 2
+    good = all([run(name, options) for name in chosen or names])
+    report = subprocess.run([sys.executable, "-m", "bench.report"], cwd=ROOT, check=False)
+    return int(not good or report.returncode != 0)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ import torch
 def serve(model: Any, request: dict[str, Any], vector: torch.Tensor, new_tokens: int) -> list[int]:
     prompt = torch.tensor([request["prompt"]])
     layer = model.model.layers[request["layer"]]
-    settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
-    with model.generate(prompt, **settings) as tracer:
+    with model.generate(prompt, max_new_tokens=new_tokens, do_sample=False) as tracer:
         for _ in tracer.iter[:new_tokens]:
             layer.output = layer.output + vector
         ids = tracer.result.save()
@@ -40,7 +39,8 @@ def main() -> None:
     torch.set_grad_enabled(False)
     options = {"dtype": torch.float32, "attn_implementation": "sdpa", "dispatch": True}
     model = LanguageModel(sys.argv[1], **options)
-    model._module.generation_config.pad_token_id = 0
+    config = model._module.generation_config
+    config.pad_token_id, config.eos_token_id = 0, None  # every text has the same length
     versions = {
         "nnsight": nnsight.__version__,
         "transformers": transformers.__version__,
