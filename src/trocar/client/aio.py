@@ -11,14 +11,15 @@ import httpx
 from trocar import aliases, errors, sites, strict
 from trocar.client.handles import Probe, Stored, StoredRows
 from trocar.client.notebook import ProgressLine
-from trocar.client.results import Plan, Results, Text
+from trocar.client.prompts import Prompts, generation_of, is_single
+from trocar.client.results import Plan, Results, SessionResults, Text
+from trocar.client.session import RecordedSession, Session
 from trocar.client.settings import Settings
-from trocar.client.trace import Prompts, Recorded, Trace, is_single
+from trocar.client.trace import Recorded, Trace
 from trocar.client.transport import Transport
 from trocar.graph.builder import EditSpec, Place, Position, SiteRows, selector
 from trocar.graph.canonical import expand
 from trocar.graph.facts import ModelFacts
-from trocar.graph.program import Generation
 from trocar.wire import requests as q
 from trocar.wire import results as r
 
@@ -194,6 +195,23 @@ class AsyncModel:
         answer = await self._client.transport.post("/v1/runs", recorded.request, recorded.vectors, once=True)
         return self._client._job(answer.view(r.JobView))
 
+    def session(
+        self, *, keep: bool = False
+    ) -> Session[Awaitable[AsyncJob[SessionResults[AsyncActivations]]]]:
+        """Opens a session: programs that run one after another in one job; see docs/sessions.md.
+
+        Args:
+            keep: whether captures stay on the server as handles when the session ends.
+        """
+        return Session(self, self.facts, keep=keep)
+
+    async def run_session(self, recorded: RecordedSession) -> AsyncJob[SessionResults[AsyncActivations]]:
+        """Submits a recorded session."""
+        answer = await self._client.transport.post(
+            "/v1/sessions", recorded.request, recorded.vectors, once=True
+        )
+        return self._client._job(answer.view(r.JobView))
+
     async def capture(
         self,
         prompts: Prompts,
@@ -234,17 +252,6 @@ class AsyncModel:
 
     def __repr__(self) -> str:
         return model_text(self.facts)
-
-
-def generation_of(fields: dict[str, Any]) -> Generation:
-    """Builds `Generation`, refusing a misspelt keyword with the closest one."""
-    for name in fields:
-        if name not in Generation.model_fields:
-            near = errors.closest(name, Generation.model_fields)
-            raise errors.refuse(
-                "bad_argument", name, f"{name!r} is not an option of a generation", closest=near
-            )
-    return strict.make(Generation, **fields)
 
 
 def capture_request(
@@ -341,7 +348,7 @@ class AsyncClient:
         """Batch counters; operators only."""
         return (await self.transport.get("/v1/engine")).view(r.EngineView)
 
-    async def job(self, job_id: str) -> AsyncJob[Results[AsyncActivations]]:
+    async def job(self, job_id: str) -> AsyncJob[Any]:
         """A job by its id, for example after a restart of the client."""
         return self._job((await self.transport.get(f"/v1/jobs/{job_id}")).view(r.JobView))
 
@@ -357,8 +364,10 @@ class AsyncClient:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.settings.url}>"
 
-    def _job(self, view: r.JobView) -> AsyncJob[Results[AsyncActivations]]:
-        def finish(answer: Any) -> Results[AsyncActivations]:
+    def _job(self, view: r.JobView) -> AsyncJob[Any]:
+        def finish(answer: Any) -> Results[AsyncActivations] | SessionResults[AsyncActivations]:
+            if view.kind == "session":
+                return SessionResults(answer.view(r.SessionResult), answer.charge(), self._bind)
             return Results(answer.view(r.RunResult), answer.charge(), self._bind)
 
         return AsyncJob(self, view, finish)

@@ -16,8 +16,10 @@ import httpx
 
 from trocar.client import aio
 from trocar.client.handles import Probe, Stored, StoredRows
-from trocar.client.results import Plan, Results, Text
-from trocar.client.trace import Prompts, Recorded, Trace
+from trocar.client.prompts import Prompts, generation_of
+from trocar.client.results import Plan, Results, SessionResults, Text
+from trocar.client.session import RecordedSession, Session
+from trocar.client.trace import Recorded, Trace
 from trocar.graph.builder import EditSpec, Position
 from trocar.graph.facts import ModelFacts
 from trocar.wire import requests as q
@@ -174,13 +176,21 @@ class Model:
 
     def trace(self, prompts: Prompts, **generation: Any) -> Trace[Plan, Job[Results[Activations]]]:
         """Opens a recording; keywords are those of `Generation` (`max_new_tokens`, `temperature`, ...)."""
-        return Trace(self, self.facts, prompts, aio.generation_of(generation))
+        return Trace(self, self.facts, prompts, generation_of(generation))
 
     def plan(self, recorded: Recorded) -> Plan:
         return self._client._portal.call(self._core.plan, recorded)
 
     def run(self, recorded: Recorded) -> Job[Results[Activations]]:
         return self._client._wrap_job(self._client._portal.call(self._core.run, recorded))
+
+    def session(self, *, keep: bool = False) -> Session[Job[SessionResults[Activations]]]:
+        """Opens a session: programs that run one after another in one job. See `AsyncModel.session`."""
+        return Session(self, self.facts, keep=keep)
+
+    def run_session(self, recorded: RecordedSession) -> Job[SessionResults[Activations]]:
+        """Submits a recorded session."""
+        return self._client._wrap_job(self._client._portal.call(self._core.run_session, recorded))
 
     def capture(
         self,
@@ -252,7 +262,7 @@ class Client:
         """Batch counters; operators only."""
         return self._portal.call(self._core.engine)
 
-    def job(self, job_id: str) -> Job[Results[Activations]]:
+    def job(self, job_id: str) -> Job[Any]:
         """A job by its id, for example after a restart of the client."""
         return self._wrap_job(self._portal.call(self._core.job, job_id))
 
@@ -269,8 +279,8 @@ class Client:
     def __repr__(self) -> str:
         return f"<Client {self._core.settings.url}>"
 
-    def _wrap_job(self, job: aio.AsyncJob[Results[aio.AsyncActivations]]) -> Job[Results[Activations]]:
+    def _wrap_job(self, job: aio.AsyncJob[Any]) -> Job[Any]:
         return Job(self._portal, job, self._sync_results)
 
-    def _sync_results(self, results: Results[aio.AsyncActivations]) -> Results[Activations]:
+    def _sync_results(self, results: Results[Any] | SessionResults[Any]) -> Any:
         return results.rebind(lambda output: Activations(self, aio.stored(output)))

@@ -1,12 +1,13 @@
 """`with model.trace(prompts) as t:` records a program; `t.plan()` prices it, `t.run()` runs it.
 
 Attributes of a trace are the sites; methods are the outputs and what has no operator (`where`, `sae`,
-`knockout`, `stop_after`). Operators are in `trocar.graph.builder_expr`, sites in `builder_sites`.
+`knockout`, `stop_after`, `sweep`, `mask`). Operators are in `trocar.graph.builder_expr`, sites in `builder_sites`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, Self, SupportsIndex, TypeVar
 
@@ -14,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from trocar import aliases, errors, sites, strict
+from trocar.client import sweeps
+from trocar.client.prompts import Prompts, is_single, prompt_tuple
 from trocar.graph import ops
 from trocar.graph.builder import (
     EditSpec,
@@ -32,17 +35,23 @@ from trocar.graph.builder import (
 )
 from trocar.graph.facts import ModelFacts
 from trocar.graph.program import Generation
-from trocar.wire.requests import Chat, Message, Prompt, RunRequest
+from trocar.graph.sweep import Axis
+from trocar.wire.requests import RunRequest
+
+__all__ = [
+    "Prompts",
+    "Recorded",
+    "Runner",
+    "Saved",
+    "Trace",
+    "as_array",
+    "is_single",
+    "place",
+    "prompt_tuple",
+]
 
 PlanT = TypeVar("PlanT", covariant=True)
 JobT = TypeVar("JobT", covariant=True)
-Prompts = (
-    str
-    | Sequence[str]
-    | Sequence[Sequence[int]]
-    | Sequence[Mapping[str, str]]
-    | Sequence[Sequence[Mapping[str, str]]]
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +93,9 @@ class Trace(Generic[PlanT, JobT]):
         self._prompts = prompt_tuple(prompts)
         self._generation = generation
         self._recorder = Recorder(model)
+        self._axes: tuple[Axis, ...] = ()
+        self._alternatives: tuple[str, ...] = ()
+        self._masks: dict[str, tuple[tuple[bool, ...], ...]] = {}
         self._failed = False
 
     # ---- sites ----
@@ -139,7 +151,51 @@ class Trace(Generic[PlanT, JobT]):
             )
             self._recorder.apply(spec)
 
+    def sweep(self, target: EditSpec | Expr | str, **values: Sequence[Any]) -> None:
+        """Runs the whole program once for each value, or for each combination of several fields' values.
+
+        Args:
+            target: an edit made with `trocar.edit`, which is recorded here; an expression; or an output's name.
+            values: what a field takes in turn: `coef=[0, 4, 8]`, `layer=range(8, 16)`, `at=[-1, "prompt[*]"]`,
+                and `by`, `low`, `high`, `site`; `value=` takes arrays, directions or expressions.
+        """
+        if "value" in values:
+            refs = tuple(self._recorder.value(v) for v in values["value"])
+            self._alternatives += refs
+            values = {**values, "value": refs}
+        axes = sweeps.axes(self._recorder, self._target(target), values)
+        self._axes += axes
+
+    def _target(self, target: EditSpec | Expr | str) -> str:
+        """The id of the node that is swept."""
+        if isinstance(target, str):
+            return target
+        if isinstance(target, Expr):
+            return self._recorder.value(target)
+        if not isinstance(target, EditSpec):
+            raise errors.refuse(
+                "bad_argument", "target", f"{target!r} is not an edit, an expression or an output's name"
+            )
+        before = len(self._recorder._nodes)
+        self._recorder.apply(target)
+        edits = [n.id for n in self._recorder._nodes[before:] if isinstance(n, ops.EDIT_NODES)]
+        if len(edits) != 1:
+            raise errors.refuse(
+                "bad_argument", "target", f"{target.site!r} is {len(edits)} edits; a sweep changes one",
+                next_step="Name one site, and sweep its layer: t.sweep(edit, layer=range(...)).",
+            )  # fmt: skip
+        return edits[0]
+
     # ---- values and control ----
+
+    def mask(self, name: str, rows: Sequence[Sequence[bool]]) -> str:
+        """Carries a mask, true or false for each token of each prompt; the selector that selects its tokens.
+
+        Args:
+            rows: one per prompt, as long as its prompt, special tokens included.
+        """
+        self._masks[name] = tuple(tuple(bool(x) for x in row) for row in rows)
+        return f"mask({json.dumps(name, ensure_ascii=False)})"
 
     def vector(self, value: Any, site: str | None = None) -> Expr:
         """A constant: float array [width], a matrix [rows, columns], a fitted direction or stored rows."""
@@ -256,13 +312,15 @@ class Trace(Generic[PlanT, JobT]):
             raise errors.refuse(
                 "bad_argument", "trace", "the trace's block raised, so what it recorded is incomplete"
             )
-        program = self._recorder.build()
+        program = self._recorder.build(self._alternatives)
         request = strict.make(
             RunRequest,
             model=self._model.name,
             prompts=self._prompts,
             program=program,
             generation=self._generation,
+            masks=self._masks,
+            sweep=self._axes,
         )
         vectors = {k: as_array(k, v) for k, v in vectors_of(self._recorder, program).items()}
         return Recorded(request, vectors)
@@ -283,31 +341,6 @@ class Trace(Generic[PlanT, JobT]):
 
 def _fields(node: Any) -> str:
     return "  ".join(f"{k}={v!r}" for k, v in node if k not in ("id", "op") and v is not None)[:90]
-
-
-def prompt_tuple(prompts: Prompts) -> tuple[Prompt, ...]:
-    """Texts, lists of token ids, or conversations, as the wire wants them.
-
-    One text is one prompt; a list of `{"role": ..., "content": ...}` is one conversation.
-    """
-    if isinstance(prompts, str):
-        return (prompts,)
-    if prompts and isinstance(prompts[0], Mapping):
-        return (_prompt(prompts),)
-    return tuple(_prompt(p) for p in prompts)
-
-
-def is_single(prompts: Prompts) -> bool:
-    """Whether one prompt was given alone, not in a list: a text, or one conversation."""
-    return isinstance(prompts, str) or bool(prompts and isinstance(prompts[0], Mapping))
-
-
-def _prompt(prompt: Any) -> Prompt:
-    if isinstance(prompt, str):
-        return prompt
-    if prompt and isinstance(prompt[0], Mapping):
-        return Chat(messages=tuple(strict.make(Message, **m) for m in prompt))
-    return tuple(int(i) for i in prompt)
 
 
 def as_array(name: str, value: Any) -> npt.NDArray[np.float32]:

@@ -13,7 +13,7 @@ There is no source inspection. Reads nobody uses are dropped when the program is
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from numbers import Real
 from typing import Any, Final
@@ -227,9 +227,9 @@ class Recorder:
             self._saes[sae] = node.id
         return self._saes[sae]
 
-    def build(self) -> Program:
-        """The program, without reads nobody uses."""
-        wanted = {n.id for n in self._nodes if n.op in EDITS | OUTPUTS | CONTROLS}
+    def build(self, alternatives: Collection[str] = ()) -> Program:
+        """The program, without reads nobody uses; `alternatives` are values that a sweep may use instead."""
+        wanted = {n.id for n in self._nodes if n.op in EDITS | OUTPUTS | CONTROLS} | {*alternatives}
         for node in reversed(self._nodes):
             if node.id in wanted:
                 wanted.update(_operands(node))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trocar import errors
-from trocar.client.results import LensResult, LogprobsResult, MetricResult, PatternResult, ScoreResult
+from trocar.client.outputs import LensResult, LogprobsResult, MetricResult, PatternResult, ScoreResult
 from trocar.wire import results as r
 
 TOKENS = (("<bos>", "<script>", " b"), (" c",))
