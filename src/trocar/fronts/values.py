@@ -19,7 +19,7 @@ from trocar.fronts import words
 from trocar.fronts.indexing import Dim, Steps, Window
 from trocar.fronts.saved import Numbers, Rows, Saved
 from trocar.graph import ops
-from trocar.graph.builder import Expr, Place, SiteRows
+from trocar.graph.builder import Expr, Held, Place, SiteRows
 
 S = TypeVar("S", bound=Saved)
 HEADS: Final = ("q", "k", "v", "z")
@@ -38,6 +38,7 @@ class Recording:
     """
 
     def __init__(self, model: Any, prompts: Any, generation: dict[str, Any]) -> None:
+        prompts = listed(prompts)
         self.trace: Trace[Any, Any] = model.trace(prompts, **generation)
         self.facts: Final = model.facts
         self.prompts: Final = len(prompt_tuple(prompts))
@@ -55,9 +56,9 @@ class Recording:
 
     def view(self, site: sites.Site, *, heads: bool = False) -> View:
         """The rows of a place. With `heads`, those of q, k, v and z have a dimension of heads."""
-        self.facts.require(site, "site")
         if site.name in NO_ROWS:
             raise words.refuse(str(site), f"{site} has no rows to read or write here", NO_ROWS[site.name])
+        self.facts.require(site, "site")
         self.reach(site)
         last: tuple[Dim, ...] = ("neuron",) if site.name == "mlp_act" else ("column",)
         if site.name in HEADS:
@@ -144,6 +145,15 @@ class Recording:
         return paired(value.of(self), parts)
 
 
+def listed(prompts: Any) -> Any:
+    """Prompts as a native trace takes them: arrays of ids as lists, one list of ids as one prompt."""
+    if isinstance(prompts, dict):
+        step = "Give texts, lists of token ids, or a conversation; padding and masks are made on the server."
+        raise words.refuse("prompts", "a dictionary of tensors", step)
+    given = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    return [given] if isinstance(given, list) and given and isinstance(given[0], int) else given
+
+
 def paired(exprs: Sequence[Expr], parts: int) -> Sequence[Expr]:
     """One operand for each part."""
     if len(exprs) not in (1, parts):
@@ -157,6 +167,8 @@ class Value(words.Elsewhere):
 
     recording: Recording
     dims: tuple[Dim, ...]
+    home: str
+    """The place it began at, for directions that are fitted for each place."""
 
     def exprs(self) -> Sequence[Expr]:
         """The native value, one for each group of passes."""
@@ -170,17 +182,20 @@ class Value(words.Elsewhere):
         return self.exprs()
 
     def _made(self, made: Callable[[Expr], Expr], dims: tuple[Dim, ...] | None = None) -> Computed:
-        return Computed(self.recording, [made(x) for x in self.exprs()], self.dims if dims is None else dims)
+        exprs = [made(x) for x in self.exprs()]
+        return Computed(self.recording, exprs, self.dims if dims is None else dims, self.home)
 
     def _with(self, other: Any, op: Callable[[Any, Any], Any], *, drops: bool = False) -> Computed:
         mine = self.exprs()
         dims = self.dims[:-1] if drops else self.dims
         if not isinstance(other, Value):
-            return Computed(self.recording, [op(a, other) for a in mine], dims)
+            held = isinstance(other, Held)
+            value = self.recording.trace.vector(other, self.home) if held else other
+            return Computed(self.recording, [op(a, value) for a in mine], dims, self.home)
         theirs = other.of(self.recording)
         parts = max(len(mine), len(theirs))
         pairs = zip(paired(mine, parts), paired(theirs, parts), strict=True)
-        return Computed(self.recording, [op(a, b) for a, b in pairs], dims)
+        return Computed(self.recording, [op(a, b) for a, b in pairs], dims, self.home)
 
     def __add__(self, other: Any) -> Value:
         return self._with(other, operator.add)
@@ -281,9 +296,10 @@ class Value(words.Elsewhere):
 class Computed(Value):
     """A value that was made from others."""
 
-    def __init__(self, recording: Recording, exprs: Sequence[Expr], dims: tuple[Dim, ...]) -> None:
+    def __init__(self, recording: Recording, exprs: Sequence[Expr], dims: tuple[Dim, ...], home: str) -> None:
         self.recording = recording
         self.dims = dims
+        self.home = home
         self._exprs = exprs
 
     def exprs(self) -> Sequence[Expr]:
@@ -310,6 +326,7 @@ class View(Value):
         self.window: Final = window
         self.steps: Final = steps
         self.dims = window.dims
+        self.home = str(site)
         self._tuple = tuple_
         self._frozen: Sequence[Expr] | None = None
         recording.register(self)

@@ -138,6 +138,18 @@ class Elsewhere:
     def __call__(self, *_: Any, **__: Any) -> Any:
         raise refuse("call", f"{self!r} is called", "Values are no functions; modules are called by name.")
 
+    def _alone(self) -> Any:
+        raise refuse("operator", f"no op records this arithmetic on {self!r}", self._instead)
+
+    def _combined(self, other: Any, /) -> Any:
+        if isinstance(other, Elsewhere) and type(other) is not type(self):
+            return NotImplemented  # the other one may know how
+        return self._alone()
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _combined
+    __matmul__ = __rmatmul__ = __floordiv__ = __mod__ = __pow__ = __rpow__ = __and__ = __or__ = _combined
+    __neg__ = __abs__ = __invert__ = _alone
+
     def _compared(self, other: object) -> Any:
         step = "In a native trace a comparison is a gate: trocar.edit.zero(site, gate=rows @ v > 0.5)."
         raise refuse("value", f"{self!r} is compared with {other!r}", step)

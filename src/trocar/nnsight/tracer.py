@@ -151,11 +151,6 @@ class Tracer:
         return self._lm.recording
 
     def _record(self, prompts: Any, options: dict[str, Any]) -> Recording:
-        if isinstance(prompts, dict):
-            step = (
-                "Give texts, lists of token ids, or a conversation; padding and masks are made on the server."
-            )
-            raise words.refuse("prompts", "a dictionary of tensors", step)
         return Recording(self._lm._served, prompts, {**self._options, **options})
 
     def _begin(self, recording: Recording) -> None:

@@ -57,6 +57,20 @@ def test_replacement_and_arithmetic(lm: LanguageModel, model: trocar.Model, same
     assert sorted(ops[0]) == sorted(ops[1])
 
 
+def test_a_fitted_direction_is_that_of_the_place(lm: LanguageModel, model: trocar.Model, same: Any) -> None:
+    acts = model.capture([f"{'yes' if i % 2 else 'no'} {i}" for i in range(24)], sites="resid_post.*")
+    probe = acts.fit("mean_diff", [i % 2 for i in range(24)])
+    with lm.scan("hello") as tracer:
+        lm.model.layers[1].output[0] += 2.0 * probe.direction
+        lm.model.layers[2].output[0][:] = lm.model.layers[2].output[0] - probe.direction
+        (lm.model.layers[3].output[0][:, -1] @ probe.direction).save()
+    with model.trace("hello") as t:
+        t.resid_post[1][:] += 2.0 * probe.direction
+        t.resid_post[2][:] = t.resid_post[2][:] - t.vector(probe, "resid_post.2")
+        t.save("saved0", t.score(t.resid_post[3][-1] @ t.vector(probe, "resid_post.3")))
+    same(tracer.recorded, t.recorded)
+
+
 def test_heads_and_neurons(lm: LanguageModel, model: trocar.Model, same: Any) -> None:
     with lm.scan("hello") as tracer:
         lm.model.layers[1].self_attn.o_proj.input[:, -1, 8:16] = 0
