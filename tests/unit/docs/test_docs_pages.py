@@ -8,6 +8,7 @@ from typing import Any
 
 import docs_reference as reference
 import docs_run
+import numpy as np
 import pytest
 from docs_blocks import Block, blocks
 from docs_desk import MODEL, Desk
@@ -20,7 +21,7 @@ pytestmark = [pytest.mark.model, pytest.mark.e2e]
 @pytest.fixture
 def names(docs_desk: Desk) -> Iterator[dict[str, Any]]:
     with trocar.Client(docs_desk.url, docs_desk.researcher, quiet=True) as client:
-        yield {"trocar": trocar, "client": client, "model": client.model(MODEL)}
+        yield {"trocar": trocar, "np": np, "client": client, "model": client.model(MODEL)}
 
 
 def pairs(path: Path) -> list[tuple[Block, str]]:
