@@ -94,6 +94,11 @@ class Ask:
     def node(self, name: str) -> Any:
         return next(n for n in self.nodes if n.id == name)
 
+    def probe(self, name: str) -> tuple[torch.Tensor, float] | None:
+        """Weights and bias of a `score` node that names a probe."""
+        fit = self.fits.get(name)
+        return None if fit is None else (fit.weights, fit.bias)
+
     def arrays(self) -> dict[str, torch.Tensor]:
         """By node id, and `id.part` for dictionaries: what engine and reference get alike."""
         out: dict[str, torch.Tensor] = {}
@@ -239,7 +244,9 @@ class Bench:
 
     def started(self, *asks: Ask) -> list[Future[TaskResult]]:
         """Futures of requests that are all waiting when the engine looks."""
-        tasks = [self.task(ask) for ask in asks]
+        return self.submitted([self.task(ask) for ask in asks])
+
+    def submitted(self, tasks: Sequence[Task]) -> list[Future[TaskResult]]:
         with self.engine._wake:  # the engine sees all of them or none
             return [self.engine.submit(task) for task in tasks]
 

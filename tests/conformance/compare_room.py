@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,45 @@ def close_rows(name: str, ours: torch.Tensor, theirs: torch.Tensor, most: float 
 
 def same_bits(a: Any, b: Any) -> bool:
     return bool(np.array_equal(np.asarray(a), np.asarray(b)))
+
+
+# Ops whose arithmetic is not done row by row: how many rows share a step may show in the last bits.
+TOGETHER = frozenset({"edit.affine", "edit.sae", "edit.knockout", "encode", "matmul", "pattern"})
+
+
+def row_by_row(ask: Ask) -> bool:
+    """Whether each row of a request is computed without regard to the rows beside it, to the bit."""
+    return not any(n.op in TOGETHER or getattr(n, "probe", None) for n in ask.nodes)
+
+
+def answer_of(ask: Ask, result: TaskResult) -> dict[str, Any]:
+    """Everything that a request got: arrays of numbers, and what must be equal in any case."""
+    out: dict[str, Any] = {}
+    for name, found in result.outputs.items():
+        for field in dataclasses.fields(found):
+            value = getattr(found, field.name)
+            if field.name == "tags":
+                value = (
+                    value.prompts.tolist(),
+                    value.positions.tolist(),
+                    value.token_ids.tolist(),
+                    value.phases,
+                )
+            out[f"{name}.{field.name}"] = value
+    for name, shelf in ask.sinks.items():
+        out |= {f"{name}.{site}": shelf.rows(site).numpy() for site in shelf.parts[0][0]}
+    out["edits"] = [(e.id, e.rows) for e in result.edits]
+    return out
+
+
+def same_answer(name: str, mine: dict[str, Any], theirs: dict[str, Any], *, exact: bool) -> None:
+    """Two answers to one request: the same bits, or near where the ops allow no more."""
+    assert mine.keys() == theirs.keys()
+    for key, value in mine.items():
+        if not isinstance(value, np.ndarray) or exact or value.dtype.kind == "i":
+            assert np.array_equal(value, theirs[key]), (name, key)
+        else:
+            close_rows(f"{name}, not row by row", torch.from_numpy(value), torch.from_numpy(theirs[key]))
 
 
 def follow(bench: Bench, ask: Ask, result: TaskResult) -> list[Solo]:
@@ -106,8 +146,7 @@ def _lens(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], name: s
 def _score(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], name: str) -> None:
     found = result.outputs[node.id]
     for i, run in enumerate(runs):
-        fit = ask.fits.get(node.id)
-        want = wanted.scores(run, node, None if fit is None else (fit.weights, fit.bias))
+        want = wanted.scores(run, node, ask.probe(node.id))
         _positions(found, i, want, name)
         close_rows(name, torch.from_numpy(found.scores[_rows_of(found, i)]), want.data)
 

@@ -56,13 +56,18 @@ class Known:
 
 @dataclass
 class Writer:
-    """Writes one request."""
+    """Writes one request.
+
+    Attributes:
+        late: whether only the end of a prompt and what follows is touched, so that its beginning may be shared.
+    """
 
     bench: Bench
     rng: Random
     prompts: list[tuple[int, ...]]
     most: int
     stop: int | None
+    late: bool = False
     nodes: list[Any] = field(default_factory=list)
     vectors: dict[str, torch.Tensor] = field(default_factory=dict)
     stored: dict[str, list[torch.Tensor]] = field(default_factory=dict)
@@ -94,8 +99,10 @@ class Writer:
             "prompt[*]", "prompt[*]", "prompt[-1]", "prompt[0]", "prompt[1]", "prompt[1:]", "prompt[:-1]",
             "prompt[0,-1]", 'mask("m")', 'mask("m")[0]', 'span("b")', 'role("assistant")', 'role("assistant")[-1]',
         ]  # fmt: skip
+        if self.late:
+            found = ["prompt[-1]", "prompt[-2:]", "prompt[-2]"]
         if gen and self.most:
-            found += ["all", "all", "gen[*]", "gen[0]"]
+            found += ["gen[*]", "gen[0]"] if self.late else ["all", "all", "gen[*]", "gen[0]"]
         if gen and self.most > 1:
             found += ["gen[1:]", "gen[1]"]
         return self.rng.choice(found)
@@ -249,12 +256,19 @@ class Writer:
         )
 
 
-def blank(bench: Bench, rng: Random) -> Writer:
-    """Prompts and a generation; nothing written yet."""
-    lengths = [rng.randint(3, 7) for _ in range(rng.randint(1, 3))]
-    prompts = [tuple(rng.randrange(256) for _ in range(n)) for n in lengths]
+def blank(bench: Bench, rng: Random, longest: int) -> Writer:
+    """Prompts and a generation; nothing written yet. Some prompts begin alike."""
+    sizes = [*range(3, 8), *[n for n in (18, 40, 62, 63, 63) if n <= longest]]
+    lengths = [rng.choice(sizes) for _ in range(rng.randint(1, 3))]
+    seed = rng.randrange(4)
+    prompts = [(*_alike(seed, n - 2), rng.randrange(256), rng.randrange(256)) for n in lengths]
     stop = rng.randrange(bench.layers) if rng.random() < 0.12 else None
-    most = 0 if stop is not None else rng.choice([0, 0, 0, 1, 3])
-    writer = Writer(bench, rng, prompts, most, stop)
+    most = 0 if stop is not None else rng.choice([0, 0, 0, 1, 3] if longest == 7 else [0, 1, 3, 6])
+    writer = Writer(bench, rng, prompts, most, stop, late=longest > 7 and rng.random() < 0.4)
     writer.masks = [tuple(rng.random() < 0.5 or i == 1 for i in range(n)) for n in lengths]
     return writer
+
+
+def _alike(seed: int, length: int) -> list[int]:
+    draw = Random(seed)
+    return [draw.randrange(256) for _ in range(length)]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
-from bench_room import Ask, Bench
+from bench_room import Ask, Bench, Fit
 from programs import FEATURES, LEVELS, TOKENS, Known, Writer, blank
 from reference_rows import in_generated
 
@@ -310,9 +310,8 @@ def outputs(w: Writer) -> None:
         w.add(ops.StopAfter(id="stop", layer=w.stop))
         w.read()
     else:
-        w.add(
-            ops.Logprobs(id="lp", at="all" if w.most and w.rng.random() < 0.7 else "prompt[*]", tokens=TOKENS)
-        )
+        at = "all" if w.most and w.rng.random() < 0.7 else "prompt[*]"
+        w.add(ops.Logprobs(id="lp", at="prompt[-1]" if w.late else at, tokens=TOKENS))
         if w.most:
             w.add(ops.Text(id="text"))
     for made in [k for k in w.pool if k.content != "wide" and own(k)][-3:]:
@@ -369,16 +368,14 @@ def _probe(w: Writer) -> None:
     width = w.bench.width("resid_post")
     of = w.pick(wide, lambda k: k.level == "row" and k.width == width and not k.id.startswith("s"))
     if of is not None:
-        from bench_room import Fit
-
         draw = [w.vectors.pop(w.array(width)) for _ in range(2)]
         w.fits["probed"] = Fit(draw[0], draw[1], 0.5)
         w.add(ops.Score(id="probed", of=of.id, probe="art_" + "f" * 32, site="resid_post.1"))
 
 
-def program(bench: Bench, rng: Random) -> Ask:
-    """A whole random request."""
-    w = blank(bench, rng)
+def program(bench: Bench, rng: Random, longest: int = 7) -> Ask:
+    """A whole random request of one to three prompts of up to `longest` tokens."""
+    w = blank(bench, rng, longest)
     for _ in range(rng.randint(2, 7)):
         verb = rng.choice([w.read, w.read, combine, combine, combine, edit, edit, w.keep])
         verb() if verb in (w.read, w.keep) else verb(w)  # type: ignore[call-arg]
