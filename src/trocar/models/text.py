@@ -52,7 +52,8 @@ class TextCodec:
         self._plain = _copy(tokenizer)
         self._plain.encode_special_tokens = True
         self._real = _copy(tokenizer)
-        self._special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items()}
+        # an added token that is not special (a line break, say) is ordinary text to the tokenizer
+        self._special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`; nothing is added, and special-token spellings are ordinary text."""

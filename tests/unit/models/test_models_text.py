@@ -88,3 +88,14 @@ def test_two_threads_do_not_change_each_others_rules(codec: TextCodec, tokenizer
 def test_a_tokenizer_without_a_core_is_refused() -> None:
     with pytest.raises(errors.RunFailed, match="model_unsupported"):
         TextCodec(object())
+
+
+def test_an_added_token_that_is_not_special_is_ordinary_text(tokenizer: Any) -> None:
+    """Gemma's tokenizer lists line breaks so: a prompt of two lines is no attempt to fake a turn."""
+    tokenizer.add_tokens(["\n\n"])
+    lines = TextCodec(tokenizer)
+    ids = lines.encode_prompt("a\n\nb")
+    assert tokenizer.convert_tokens_to_ids("\n\n") in ids
+    assert lines.decode(ids) == "a\n\nb"
+    with pytest.raises(errors.ProgramError):
+        lines.encode_prompt("a<|a|>b")
