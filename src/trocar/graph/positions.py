@@ -273,12 +273,10 @@ def resolve(
     return Rows(looker.rows(), gen)
 
 
-def work(selector: Selector, length: int, marks: Marks) -> int:
-    """What resolving costs, in characters looked at or their like; 0 for what is resolved once per length."""
-    if selector.mark is None:
-        return 0
-    if selector.mark.kind == "span":
-        return len(marks.text or "") + 64 * (1 + (selector.mark.nth or 1))
+def work(mark: Mark, length: int, marks: Marks) -> int:
+    """What looking a mark up in one prompt costs, in characters looked at or their like."""
+    if mark.kind == "span":
+        return len(marks.text or "") + 64 * (1 + (mark.nth or 1))
     return 16 * length
 
 

@@ -99,7 +99,11 @@ class Walk:
     def _resolve(self, at: str, path: str) -> Selection:
         selector = positions.parse(at, path)
         most = self.scope.generation.max_new_tokens
-        rows = self._rows_by_mark(selector, path) if selector.mark else self._rows_by_length(selector, path)
+        rows = (
+            self._rows_by_length(selector, path)
+            if selector.mark is None
+            else self._rows_by_mark(selector, selector.mark, path)
+        )
         selection = Selection(selector, rows, tuple(len(r.prompt) for r in rows), len(rows[0].gen))
         if selection.most_rows == 0 or (selector.static and 0 in selection.counts):
             why = f": max_new_tokens is {most}" if selector.prompt is None else self._empty(selection)
@@ -114,10 +118,12 @@ class Walk:
                 found[n] = positions.resolve(selector, n, most, path, i)
         return tuple(found[n] for n in self.scope.lengths)
 
-    def _rows_by_mark(self, selector: positions.Selector, path: str) -> tuple[positions.Rows, ...]:
+    def _rows_by_mark(
+        self, selector: positions.Selector, mark: positions.Mark, path: str
+    ) -> tuple[positions.Rows, ...]:
         lengths = self.scope.lengths
         marks = self.scope.marks or (positions.NO_MARKS,) * len(lengths)
-        self.marked += sum(positions.work(selector, n, m) for n, m in zip(lengths, marks, strict=True))
+        self.marked += sum(positions.work(mark, n, m) for n, m in zip(lengths, marks, strict=True))
         if self.marked > MAX_MARKED:
             raise errors.refuse(
                 "too_expensive", path, "span, role and mask are looked up in too much text by this program",

@@ -137,6 +137,11 @@ def test_the_axis_at_fault_is_named() -> None:
     assert found[0].reason.startswith("with steer.coef=1, steer.layer=7: ")
 
 
+def test_refusals_stop_at_the_limit() -> None:
+    found = refusals(axis("steer", "layer", *range(100, 200)))
+    assert len(found) == check.MAX_REFUSALS
+
+
 def test_a_mistake_of_all_variants_is_one_refusal() -> None:
     nodes = (*PROGRAM, read("r", "nope.1"))
     (found,) = refusals(axis("steer", "coef", 1, 2, 3), nodes=nodes)

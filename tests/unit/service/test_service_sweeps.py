@@ -236,3 +236,31 @@ def test_a_refused_sweep_spends_nothing(fresh: Any) -> None:
         start(fresh, request(Axis(node="steer", field="layer", values=(1, 9))))
     assert (caught.value.code, caught.value.path) == ("layer_out_of_range", "sweep[0].values[1]")
     assert fresh.service.gate.ledger.head() == before
+
+
+def test_what_variants_share_is_read_in_every_one(fresh: Any) -> None:
+    """Edits and reads below the layer where variants part, captured rows, several lengths of prompts."""
+    below = (
+        ops.Tensor(id="v", name="v"),
+        ops.EditAdd(id="low", site="resid_post.0", at="prompt[1:]", value="v", coef=0.5),
+        ops.Read(id="r0", site="resid_post.0", at="prompt[-1]"),
+        ops.Read(id="r3", site="resid_post.3", at="prompt[-1]"),
+        ops.Lens(id="lens", of=("r0", "r3"), top_k=3),
+        ops.Capture(id="kept", of=("r0", "r3")),
+    )
+    edit = ops.EditAdd(id="steer", site="resid_post.2", at="all", value="v")
+    prompts = ("abc", "hello there", "xy", "a longer prompt than these")
+    found = run(fresh, request(COEF, nodes=(*below, edit), prompts=prompts))
+    assert fresh.engines["tiny"].stats().shared_rows > 0
+    store = fresh.service._store
+    for variant in found["sweep"]:
+        swept = edit.model_copy(update={"coef": float(variant["settings"]["steer.coef"])})
+        single = run(fresh, request(nodes=(*below, swept), prompts=prompts))
+        mine, alone_ = variant["outputs"], single["outputs"]
+        assert mine["lens"]["ids"] == alone_["lens"]["ids"]
+        assert np.allclose(mine["lens"]["logprobs"], alone_["lens"]["logprobs"], atol=2e-3)
+        rows = [store.open("alice", o["kept"]["handle"]) for o in (mine, alone_)]
+        for site in ("resid_post.0", "resid_post.3"):
+            a, b = (r.read(site) for r in rows)
+            assert np.allclose(a, b, atol=1e-4)
+        assert [e["rows"] for e in variant["edits"]] == [e["rows"] for e in single["receipt"]["edits"]]
