@@ -6,9 +6,11 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from trocar.engine.hf.engine import HFEngine, Limits
 from trocar.engine.protocol import Task, TaskResult
@@ -71,6 +73,15 @@ def together(runner: HFEngine, tasks: Sequence[Task]) -> list[TaskResult]:
     """All tasks at once; the first one waits for the others in the engine."""
     futures = [runner.submit(task) for task in tasks]
     return [f.result() for f in futures]
+
+
+def plain_model(home: Path) -> Any:
+    """The model as its own library loads it, without packed layers or packed attention."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        str(home), dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+    ).eval()
 
 
 def prompts(count: int, length: int, seed: int = 0) -> list[list[int]]:

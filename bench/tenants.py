@@ -147,17 +147,6 @@ def generate(model: Any, users: list[room.Ask]) -> tuple[float, list[list[int]]]
     return seconds, made[0][:, longest:].tolist()
 
 
-def plain_model(home: Path) -> Any:
-    """The model as its library loads it; texts do not end before their length."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        str(home), dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
-    ).eval()
-    model.generation_config.eos_token_id = None
-    return model
-
-
 def agree(tokens: dict[str, list[list[int]]]) -> str:
     """Whose tokens are alike. Nearly all of ours and nnsight's must be, and nearly all must differ from plain text,
     or somebody did not do what was asked."""
@@ -179,7 +168,8 @@ def main() -> None:
     plan = QUICK if parser.parse_args().quick else ROUNDS
     torch.set_num_threads(1)
     home, _ = locate(MODEL)
-    loaded, model = load(MODEL), plain_model(home)
+    loaded, model = load(MODEL), room.plain_model(home)
+    model.generation_config.eos_token_id = None  # no text ends before its length
     runner = room.engine(loaded)
     out: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
