@@ -82,7 +82,9 @@ class RowTable:
         if n and min(self.prompt.min(), self.position.min() + 1) < 0:
             raise errors.refuse("bad_value", "rows", "a prompt is negative, or a position below -1")
         if bool(((self.position == -1) != (self.token_id == -1)).any()):
-            raise errors.refuse("bad_value", "rows", "a row of a whole prompt has no token, and no other row lacks one")
+            raise errors.refuse(
+                "bad_value", "rows", "a row of a whole prompt has no token, and no other row lacks one"
+            )
         odd = set(np.unique(self.phase)) - set(_PHASES)
         if odd:
             raise errors.refuse("bad_value", "rows.phase", f"{min(odd)!r} is neither 'prompt' nor 'gen'")
