@@ -42,8 +42,8 @@ FACTS: Final = ModelFacts(
     name="smollm2-135m-instruct", fingerprint="sha256:" + "0" * 64, lineage="smollm2-135m", family="llama",
     dtype="float32", n_layers=30, d_model=576, d_mlp=1536, n_heads=9, n_kv_heads=3, d_head=64, vocab_size=49152,
     context=8192, parameters=134_515_008, weight_bits=134_515_008 * 16, open_weights=True,
-    sites=("embeddings", "resid_pre", "attn_in", "q", "k", "v", "z", "attn_out", "resid_mid", "mlp_in", "mlp_act",
-           "mlp_out", "resid_post", "final_norm"),
+    sites=("embeddings", "resid_pre", "attn_in", "q", "k", "v", "attn_probs", "z", "attn_out", "resid_mid", "mlp_in",
+           "mlp_act", "mlp_out", "resid_post", "final_norm"),
     unavailable={}, eos=(2,),
 )  # fmt: skip
 """The model that the example programs are written for; a test compares it with the loaded one."""

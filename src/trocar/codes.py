@@ -70,7 +70,8 @@ TABLE: Final[tuple[Code, ...]] = (
     Code("layer_out_of_range", "ProgramError", "A layer that the model does not have.",
          "Layers count from 0; `model.n_layers` says how many."),
     Code("bad_position", "ProgramError", "A position selector that cannot be read.",
-         "Use prompt[-1], prompt[3:7], prompt[*], gen[*], gen[0:8] or all."),
+         "Use prompt[-1], prompt[3:7], prompt[1,4], prompt[*], gen[0:8], all, span(\"text\"), role(\"user\") or "
+         "mask(\"name\")."),
     Code("position_out_of_range", "ProgramError", "A position that a prompt does not have.",
          "Shorten the slice, or count from the end: prompt[-1]."),
     Code("unknown_ref", "ProgramError", "A name that no earlier node has.",
