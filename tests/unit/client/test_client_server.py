@@ -289,3 +289,24 @@ def test_a_wait_that_is_interrupted_returns_at_once(server: Any) -> None:
     assert asyncio.run_coroutine_threadsafe is plain
     assert job.result()["lp"].values.shape == (1, 1)
     c.close()
+
+
+def test_means_of_prompts_are_stored_as_one_row_each(model: trocar.Model) -> None:
+    """A mean has no token of its own; it can be a source for other prompts, one row per prompt."""
+    prompts = ["abc", "hello"]
+    with model.trace(prompts) as t:
+        t.save("mean", t.capture(t.resid_post[1]["prompt[*]"], reduce="mean"))
+        t.save("rows", t.capture(t.resid_post[1]["prompt[*]"]))
+    kept = t.run().result()
+    assert (kept["mean"].rows, kept["rows"].rows) == (2, 8)
+    with model.trace(prompts) as t:
+        t.resid_post[1][-1] = t.vector(kept["mean"]["resid_post.1"])
+        t.save("stored", t.logprobs([1, 2, 3]))
+    with model.trace(prompts) as u:
+        u.resid_post[1][-1] = u.resid_post[1]["prompt[*]"].mean()
+        u.save("made", u.logprobs([1, 2, 3]))
+    stored, made = t.run().result()["stored"].values, u.run().result()["made"].values
+    assert stored == pytest.approx(made, abs=1e-5)
+    with model.trace(prompts) as p:
+        p.save("plain", p.logprobs([1, 2, 3]))
+    assert np.abs(p.run().result()["plain"].values - made).max() > 1e-3
