@@ -1,25 +1,27 @@
 """What programs cost while text is generated: the same requests without programs, and with one program each.
 
-The peer is our own engine, serving the same prompts with nothing but text. Ratios are CPU seconds without
+The peer is our own engine on a second copy of the model, serving the same prompts with nothing but text; both
+take turns pass by pass, once with either copy, and a ratio is the geometric mean of both. It is CPU seconds without
 programs / CPU seconds with them, so 1.0 means free. Who captures generated rows gets the row of the last token
-too, which takes one forward pass more than plain text does; `*_same_passes` compares with plain text one token
-longer, which takes as many.
+too, which takes one forward pass more than plain text does; `*_same_passes` counts one more for the peer.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 
 import torch
 
 from bench import room
+from bench.baton import Baton, Measured, Side, together
 from bench.machine import finish
-from trocar.engine.hf.engine import HFEngine
 from trocar.models.load import Loaded, load
 
 USERS, LENGTH, TOKENS = 16, 24, 64
 GOALS = {"edit": 0.98, "capture_one_layer": 0.98, "capture_all_layers": 0.95}
+SAME_PASSES = ("capture_one_layer_same_passes", "capture_all_layers_same_passes")
 
 
 def asks(loaded: Loaded, tokens: int) -> dict[str, list[room.Ask]]:
@@ -28,7 +30,6 @@ def asks(loaded: Loaded, tokens: int) -> dict[str, list[room.Ask]]:
     every = list(enumerate(room.prompts(USERS, LENGTH)))
     return {
         "no_program": [room.Ask(f"u{i}", room.TEXT, [p], tokens) for i, p in every],
-        "longer": [room.Ask(f"u{i}", room.TEXT, [p], tokens + 1) for i, p in every],
         "edit": [
             room.Ask(f"u{i}", room.steer(2 + i) + room.TEXT, [p], tokens, {"v": room.vector(width, i)})
             for i, p in every
@@ -42,39 +43,43 @@ def asks(loaded: Loaded, tokens: int) -> dict[str, list[room.Ask]]:
     }
 
 
-class Turn:
-    """Serves one kind of traffic; remembers how many forward passes it took."""
-
-    def __init__(self, runner: HFEngine, loaded: Loaded, requests: list[room.Ask]) -> None:
-        self._runner, self._loaded, self._requests = runner, loaded, requests
-        self.passes = 0
-
-    def __call__(self) -> float:
-        tasks = [ask.task(self._loaded) for ask in self._requests]
-        before = self._runner.stats().forwards
-        seconds = room.cpu(lambda: room.together(self._runner, tasks))
-        self.passes = self._runner.stats().forwards - before
-        return seconds
+def race(sides: list[Side], plain: list[room.Ask], other: list[room.Ask]) -> tuple[Measured, Measured]:
+    """Both kinds of traffic, pass by pass in turns."""
+    free, busy = together(
+        (sides[0], [ask.task(sides[0].loaded) for ask in plain]),
+        (sides[1], [ask.task(sides[1].loaded) for ask in other]),
+    )
+    return free, busy
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    rounds, tokens = (3, 16) if parser.parse_args().quick else (7, TOKENS)
+    rounds, tokens = (1, 16) if parser.parse_args().quick else (2, TOKENS)
     torch.set_num_threads(1)
-    loaded = load("smollm2-135m-instruct")
-    runner = room.engine(loaded)
-    for requests in asks(loaded, 4).values():
-        Turn(runner, loaded, requests)()
-    verbs = {name: Turn(runner, loaded, requests) for name, requests in asks(loaded, tokens).items()}
-    found = room.turns(verbs, rounds)
-    runner.close()
-    for name, seconds in found.items():
-        made = USERS * (tokens + (name == "longer")) / statistics.median(seconds)
-        print(f"{name:<20} {made:6.1f} tokens per CPU second, {verbs[name].passes} passes")
-    out = {name: room.ratios(found["no_program"], found[name]) for name in GOALS}
-    for name in ("capture_one_layer", "capture_all_layers"):
-        out[f"{name}_same_passes"] = room.ratios(found["longer"], found[name])
+    baton = Baton()
+    sides = [Side(number, baton, load("smollm2-135m-instruct")) for number in range(2)]
+    for side in sides:
+        for requests in asks(side.loaded, 2).values():
+            room.together(side.runner, [ask.task(side.loaded) for ask in requests])
+    out: dict[str, list[float]] = {name: [] for name in (*GOALS, *SAME_PASSES)}
+    speeds: dict[str, list[float]] = {name: [] for name in ("no_program", *GOALS)}
+    traffic = asks(sides[0].loaded, tokens)
+    for _ in range(rounds):
+        for name in GOALS:
+            both = [race(order, traffic["no_program"], traffic[name]) for order in (sides, sides[::-1])]
+            for free, busy in both:
+                speeds["no_program"].append(USERS * tokens / free.seconds)
+                speeds[name].append(USERS * tokens / busy.seconds)
+            out[name].append(math.prod(f.seconds / b.seconds for f, b in both) ** 0.5)
+            if name != "edit":
+                longer = [f.seconds + (b.passes - f.passes) * f.decode for f, b in both]
+                ratios = [x / b.seconds for x, (_, b) in zip(longer, both, strict=True)]
+                out[f"{name}_same_passes"].append(math.prod(ratios) ** 0.5)
+    for side in sides:
+        side.runner.close()
+    for name, values in speeds.items():
+        print(f"{name:<20} {statistics.median(values):6.1f} tokens per CPU second")
     finish("overhead", out, GOALS)
 
 

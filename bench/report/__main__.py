@@ -19,8 +19,8 @@ OVERHEAD = {
     "edit": "one edit, own layer and own vector",
     "capture_one_layer": "one layer captured at `all`",
     "capture_all_layers": "30 layers captured at `all`",
-    "capture_one_layer_same_passes": "one layer captured, text one token longer as the peer",
-    "capture_all_layers_same_passes": "30 layers captured, text one token longer as the peer",
+    "capture_one_layer_same_passes": "one layer captured, as many passes",
+    "capture_all_layers_same_passes": "30 layers captured, as many passes",
 }
 SCALE = {
     "layers_1_over_30": "1 captured layer / 30 captured layers",
