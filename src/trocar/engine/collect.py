@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -36,6 +37,8 @@ from trocar.engine.values import Step
 from trocar.graph import ops
 
 FLUSH_BYTES: Final = 4 << 20
+FLUSH_STEPS: Final = 32
+Rows = Callable[[str], torch.Tensor]
 Part = tuple[RowTags, tuple[Any, ...]]
 
 
@@ -52,7 +55,7 @@ class Collector:
         self._rows = {n.id: np.zeros(prompts, dtype=np.int64) for n in outputs}
         self._sums = {n.id: np.zeros(prompts) for n in outputs if isinstance(n, ops.Metric)}
         self._texts: dict[int, tuple[tuple[int, ...], bool]] = {}
-        self._captured: dict[str, list[tuple[dict[str, torch.Tensor], RowTags]]] = {n.id: [] for n in outputs}
+        self._captured: dict[str, list[tuple[Rows, RowTags]]] = {n.id: [] for n in outputs}
         self._waiting_bytes = 0
 
     def step(self, step: Step, asks: Asks, stage: int) -> None:
@@ -202,20 +205,15 @@ class Collector:
         if found is None:
             return
         tags, index = found
-        values = self._task.checked.values
-        vectors = {str(values[r].sites[0]): self._captured_rows(node, r, step, index) for r in node.of}
-        self._captured[node.id].append((vectors, tags))
-        self._waiting_bytes += sum(x.numel() * 4 for x in vectors.values())
+        take = partial(_kept_rows if node.reduce == "none" else _mean_rows, step, index)
+        self._captured[node.id].append((take, tags))
+        width = sum(self._task.checked.values[ref].width for ref in node.of)
+        self._waiting_bytes += len(tags.prompts) * width * 4
         np.add.at(self._rows[node.id], tags.prompts, 1)
-
-    def _captured_rows(self, node: ops.Capture, name: str, step: Step, index: I64 | None) -> torch.Tensor:
-        held = step.value(name)
-        if node.reduce == "none" or held.slots is None:
-            return _rows(held.data, index)
-        n = len(step.layout.members)
-        total = torch.zeros(n, held.data.shape[1]).index_add_(0, held.slots, held.data)
-        count = torch.bincount(held.slots, minlength=n).clamp_min(1)
-        return _rows(total / count[:, None], index)
+        if (
+            len(self._captured[node.id]) >= FLUSH_STEPS
+        ):  # each entry keeps its step's rows, also those of others
+            self.flush()
 
     def _reduced_tags(self, node: ops.Capture, step: Step) -> tuple[RowTags, I64 | None] | None:
         """One row per prompt whose end is seen for the first time."""
@@ -235,9 +233,12 @@ class Collector:
         for name, waiting in self._captured.items():
             if not waiting:
                 continue
+            node, values = self._run.nodes[name], self._task.checked.values
+            assert isinstance(node, ops.Capture)
             tags = _joined([t for _, t in waiting])
             vectors: dict[str, F32] = {
-                site: torch.cat([v[site] for v, _ in waiting]).numpy() for site in waiting[0][0]
+                str(values[ref].sites[0]): torch.cat([take(ref) for take, _ in waiting]).numpy()
+                for ref in node.of
             }
             waiting.clear()
             self._task.sinks[name].append(vectors, tags)
@@ -305,6 +306,19 @@ TAKE: Final[dict[type[ops.Node], Callable[..., None]]] = {
     ops.Pattern: Collector._pattern,
     ops.Capture: Collector._capture,
 }
+
+
+def _kept_rows(step: Step, index: I64 | None, name: str) -> torch.Tensor:
+    return _rows(step.rows(name), index)
+
+
+def _mean_rows(step: Step, index: I64 | None, name: str) -> torch.Tensor:
+    """The mean over each member's rows."""
+    held, n = step.value(name), len(step.layout.members)
+    assert held.slots is not None
+    total = torch.zeros(n, held.data.shape[1]).index_add_(0, held.slots, held.data)
+    count = torch.bincount(held.slots, minlength=n).clamp_min(1)
+    return _rows(total / count[:, None], index)
 
 
 def _rows(data: torch.Tensor, index: I64 | None) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -73,6 +74,8 @@ class Run:
     Attributes:
         kept: one-row-per-prompt values by prompt, once its prompt has been seen.
         failed: why the task stopped, if it did.
+        serial: tells this run from every other, also from one that is gone.
+        ats: the selectors of its reads and edits.
     """
 
     task: Task
@@ -84,6 +87,8 @@ class Run:
     by_site: dict[Site, list[SiteNode]] = field(default_factory=dict)
     columns: dict[str, torch.Tensor] = field(default_factory=dict)
     failed: errors.TrocarError | None = None
+    serial: int = field(default_factory=itertools.count().__next__)
+    ats: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         checked = self.task.checked
@@ -96,6 +101,8 @@ class Run:
                 self.by_site.setdefault(parse(node.site), []).append(node)
             elif isinstance(node, ops.Sae):
                 self.dictionaries[node.id] = self._dictionary(node)
+
+        self.ats = tuple(dict.fromkeys(n.at for nodes in self.by_site.values() for n in nodes))
 
     def _dictionary(self, node: ops.Sae) -> Dictionary:
         arrays = [self.constants[f"{node.id}.{part}"] for part in ("w_enc", "b_enc", "w_dec", "b_dec")]

@@ -35,6 +35,27 @@ class Held:
     full: bool = False
 
 
+@dataclass(slots=True)  # not frozen: made by the thousand in every step
+class Part:
+    """A read: rows `start .. stop` of what was gathered for all tasks at once."""
+
+    gathered: torch.Tensor
+    start: int
+    stop: int
+    slots: torch.Tensor
+    columns: torch.Tensor | None
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """A view, for whoever only copies it on."""
+        here = self.gathered[self.start : self.stop]
+        return here if self.columns is None else here[:, self.columns]
+
+    def held(self) -> Held:
+        """Rows with storage of their own, for programs to compute with."""
+        return Held(self.rows.clone(), self.slots)
+
+
 @dataclass(slots=True, eq=False)
 class Step:
     """One task's members in one forward pass.
@@ -51,7 +72,7 @@ class Step:
     settled: bool
     leader: Step | None = None
     parted: int = 0
-    read: dict[str, Held] = field(default_factory=dict)
+    read: dict[str, Part] = field(default_factory=dict)
     effects: dict[str, tuple[int, float, float]] = field(default_factory=dict)
     broken: dict[str, errors.TrocarError] = field(default_factory=dict)
     _made: dict[str, Held] = field(default_factory=dict)
@@ -70,13 +91,21 @@ class Step:
         return at is None or self.pick(at).rows > 0
 
     def value(self, name: str) -> Held:
-        if name in self.read:
-            return self.read[name]
-        if self.leader is not None and name in self.leader.read:
-            return self.leader.read[name]
         if name not in self._made:
-            self._made[name] = self._make(name)
+            found = self._found(name)
+            self._made[name] = self._make(name) if found is None else found.held()
         return self._made[name]
+
+    def rows(self, name: str) -> torch.Tensor:
+        """The rows of a value, to be copied on and not computed with."""
+        found = self._found(name)
+        return self.value(name).data if found is None else found.rows
+
+    def _found(self, name: str) -> Part | None:
+        """What was read under this name; before they part, a sweep's leader reads for its variants."""
+        if name not in self.read and self.leader is not None:
+            return self.leader.read.get(name)
+        return self.read.get(name)
 
     def _make(self, name: str) -> Held:
         node, run = self.run.nodes[name], self.run

@@ -1,7 +1,7 @@
 """What happens at each site of a step: every task's reads and edits in program order, each on its own rows.
 
 Nodes of different tasks touch different rows, so the first nodes of all tasks go together, then the second
-ones, and so on: reads are gathered, edits are fused. Attention patterns exist per sequence, so reads and
+ones, and so on: reads are gathered at once, edits are fused. Attention patterns exist per sequence, so reads and
 knockouts there are carried out by a `PatternVisit` of each sequence.
 
 Shape letters: N rows of a stage, T query rows of one member, K key/value heads, G queries per key head, L context.
@@ -10,7 +10,8 @@ Shape letters: N rows of a stage, T query rows of one member, K key/value heads,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import zip_longest
+from dataclasses import dataclass, field
+from itertools import accumulate, zip_longest
 from typing import Final
 
 import numpy as np
@@ -21,58 +22,143 @@ from trocar.engine.edits import Write, apply, record
 from trocar.engine.layout import Member, selected
 from trocar.engine.protocol import I64
 from trocar.engine.runs import SiteNode
-from trocar.engine.values import Held, Step
+from trocar.engine.values import Part, Step
 from trocar.graph import ops
 from trocar.sites import Site
 
 PATTERN: Final = "attn_probs"
 
 
-def visitors(steps: Sequence[Step], stage_of: Callable[[Site], int]) -> Mapping[Site, Visitor]:
-    """One visitor per site that any of the tasks reads or edits in this pass."""
-    table: dict[Site, list[tuple[Step, list[SiteNode]]]] = {}
-    for step in steps:
+@dataclass(frozen=True, slots=True)
+class Wave:
+    """The n-th nodes at a site of all tasks that have so many; tasks stand there by their number.
+
+    Attributes:
+        reads: task, node and columns of each read.
+        rows: task and selector of each read.
+        group: equal for waves of a table that read the same rows.
+        edits: task and node of each edit.
+    """
+
+    reads: tuple[tuple[int, str, torch.Tensor | None], ...]
+    rows: tuple[tuple[int, str], ...]
+    group: int
+    edits: tuple[tuple[int, ops.EditNode], ...]
+
+
+Table = Mapping[Site, tuple[Wave, ...]]
+
+
+class Plans:
+    """What happens at which site, remembered while the same tasks feed the same kinds of rows, step after step."""
+
+    def __init__(self, most: int = 8) -> None:
+        self._most = most
+        self._tables: dict[object, Table] = {}
+
+    def visitors(
+        self, steps: Sequence[Step], cuts: tuple[int, ...], stage_of: Callable[[Site], int]
+    ) -> Mapping[Site, Visitor]:
+        """One visitor per site that any of the tasks reads or edits in this pass.
+
+        Args:
+            cuts: first layer of each stage.
+        """
+        active = tuple(tuple(step.pick(at).rows > 0 for at in step.run.ats) for step in steps)
+        parts = tuple((s.run.serial, s.parted if s.leader is not None else -1) for s in steps)
+        table = self._tables.pop((parts, active, cuts), None) or _table(steps, active, stage_of)
+        self._tables[parts, active, cuts] = table  # the latest stands last
+        while len(self._tables) > self._most:
+            del self._tables[next(iter(self._tables))]
+        gather = Gather(steps)
+        return {site: Visitor(steps, waves, stage_of(site), gather) for site, waves in table.items()}
+
+
+def _table(
+    steps: Sequence[Step], active: tuple[tuple[bool, ...], ...], stage_of: Callable[[Site], int]
+) -> Table:
+    found: dict[Site, list[list[tuple[int, SiteNode]]]] = {}
+    for number, (step, flags) in enumerate(zip(steps, active, strict=True)):
+        there = dict(zip(step.run.ats, flags, strict=True))
         for site, nodes in step.run.by_site.items():
-            stage = stage_of(site)
-            led = step.leader is not None and stage < step.parted
+            led = step.leader is not None and stage_of(site) < step.parted
             if site.name == PATTERN or led or not _computed(step, site):
                 continue
-            active = [n for n in nodes if step.pick(n.at, stage).rows]
-            if active:
-                table.setdefault(site, []).append((step, active))
-    return {site: Visitor(entries, stage_of(site)) for site, entries in table.items()}
+            chosen = [(number, n) for n in nodes if there[n.at]]
+            if chosen:
+                found.setdefault(site, []).append(chosen)
+    groups: dict[object, int] = {}
+    return {
+        site: tuple(_wave(column, steps, groups) for column in zip_longest(*columns))
+        for site, columns in found.items()
+    }
+
+
+def _wave(
+    column: tuple[tuple[int, SiteNode] | None, ...], steps: Sequence[Step], groups: dict[object, int]
+) -> Wave:
+    pairs = [pair for pair in column if pair is not None]
+    reads = [(i, n) for i, n in pairs if isinstance(n, ops.Read)]
+    rows = tuple((i, n.at) for i, n in reads)
+    return Wave(
+        tuple((i, n.id, steps[i].run.columns.get(n.id)) for i, n in reads),
+        rows,
+        groups.setdefault(rows, len(groups)),
+        tuple((i, n) for i, n in pairs if not isinstance(n, ops.Read)),
+    )
+
+
+@dataclass(slots=True)
+class Gather:
+    """Reads of many tasks at one site as one copy; the same rows at another site need no second index."""
+
+    steps: Sequence[Step]
+    _known: dict[tuple[int, int], tuple[torch.Tensor, list[tuple[int, int, torch.Tensor]]]] = field(
+        default_factory=dict
+    )
+
+    def places(self, wave: Wave, stage: int) -> tuple[torch.Tensor, list[tuple[int, int, torch.Tensor]]]:
+        """All rows of a wave, and per read where its own lie among them, with their owners."""
+        key = (wave.group, stage)
+        if key not in self._known:
+            picks = [self.steps[i].pick(at, stage) for i, at in wave.rows]
+            ends = list(accumulate(p.rows for p in picks))
+            own = [(end - p.rows, end, p.slots) for p, end in zip(picks, ends, strict=True)]
+            self._known[key] = torch.cat([p.index for p in picks]), own
+        return self._known[key]
 
 
 class Visitor:
     """Every task's nodes at one site, in one stage's rows."""
 
-    def __init__(self, entries: list[tuple[Step, list[SiteNode]]], stage: int) -> None:
-        self._entries = entries
+    def __init__(self, steps: Sequence[Step], waves: tuple[Wave, ...], stage: int, gather: Gather) -> None:
+        self._steps = steps
+        self._waves = waves
         self._stage = stage
-        self._waves = list(zip_longest(*(nodes for _, nodes in entries)))
+        self._gather = gather
 
     def __call__(self, x_BTD: torch.Tensor) -> torch.Tensor | None:
         """Returns a written copy of the rows [1, N, D], None when nothing was written."""
         live_BTD, written = x_BTD, False
         for wave in self._waves:
-            writes = self._wave(wave, live_BTD[0])
+            if wave.reads:
+                self._read(wave, live_BTD[0])
+            writes = self._writes(wave)
             if writes and not written:
                 live_BTD, written = x_BTD.clone(), True
             if writes:
                 apply(writes, live_BTD[0])
         return live_BTD if written else None
 
-    def _wave(self, wave: tuple[SiteNode | None, ...], live_ND: torch.Tensor) -> list[Write]:
-        """Carries out the reads, and gives the edits."""
-        writes = []
-        for (step, _), node in zip(self._entries, wave, strict=True):
-            if node is None or step.run.failed is not None:
-                continue
-            if isinstance(node, ops.Read):
-                _read(step, node, live_ND, self._stage)
-            else:
-                writes.append(Write(step, node, step.pick(node.at, self._stage)))
-        return writes
+    def _read(self, wave: Wave, live_ND: torch.Tensor) -> None:
+        index, places = self._gather.places(wave, self._stage)
+        rows_ND, steps = live_ND.index_select(0, index), self._steps
+        for (i, name, columns), (start, stop, slots) in zip(wave.reads, places, strict=True):
+            steps[i].read[name] = Part(rows_ND, start, stop, slots, columns)
+
+    def _writes(self, wave: Wave) -> list[Write]:
+        pairs = [(self._steps[i], node) for i, node in wave.edits]
+        return [Write(s, n, s.pick(n.at, self._stage)) for s, n in pairs if s.run.failed is None]
 
 
 def _computed(step: Step, site: Site) -> bool:
@@ -81,13 +167,6 @@ def _computed(step: Step, site: Site) -> bool:
     if site.layer is not None:
         return site.layer < checked.depth
     return site.spec.phase == 0 or checked.needs_final
-
-
-def _read(step: Step, node: ops.Read, live_ND: torch.Tensor, stage: int) -> None:
-    picked = step.pick(node.at, stage)
-    rows = live_ND.index_select(0, picked.index)
-    columns = step.run.columns.get(node.id)
-    step.read[node.id] = Held(rows if columns is None else rows[:, columns], picked.slots)
 
 
 class PatternVisit:
@@ -128,10 +207,10 @@ class PatternVisit:
     def _put(self, name: str, rows: torch.Tensor) -> None:
         """Members are visited in order, so rows line up with the layout's."""
         slots = torch.full((len(rows),), self._member.slot)
-        held = self._step.read.get(name)
-        if held is not None and held.slots is not None:
-            rows, slots = torch.cat([held.data, rows]), torch.cat([held.slots, slots])
-        self._step.read[name] = Held(rows, slots)
+        before = self._step.read.get(name)
+        if before is not None:
+            rows, slots = torch.cat([before.rows, rows]), torch.cat([before.slots, slots])
+        self._step.read[name] = Part(rows, 0, len(rows), slots, None)
 
     def _cut(self, node: ops.EditKnockout, queries: I64, probs_KGTL: torch.Tensor) -> None:
         """Zero on the cut edges and the rest scaled up: what a softmax without those scores gives."""

@@ -19,7 +19,7 @@ from trocar.engine.hf.stages import Entry, Stage, stages
 from trocar.engine.layout import Layout, Member
 from trocar.engine.readout import Asks, Readout, Then
 from trocar.engine.values import Step
-from trocar.engine.visits import PatternVisit, follow, pattern_layers, visitors
+from trocar.engine.visits import PatternVisit, Plans, follow, pattern_layers
 from trocar.sites import Site
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ class Body:
     stack: Stack
     readout: Readout
     eos: frozenset[int]
+    plans: Plans = field(default_factory=Plans)
 
 
 @dataclass(slots=True)
@@ -61,7 +62,9 @@ class Pass:
             torch.tensor(positions),
             self.stages,
             [self._rows(number) for number in range(len(self.stages))],
-            visitors([s for _, s, _ in self.steps], self._stage_of),
+            self.body.plans.visitors(
+                [s for _, s, _ in self.steps], tuple(s.layer for s in self.stages), self._stage_of
+            ),
         )
         self._settle()
         self._read_out(final_ND)
