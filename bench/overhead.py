@@ -15,9 +15,9 @@ import statistics
 import torch
 
 from bench import room
-from bench.baton import Baton, Measured, Side, together
+from bench.baton import both_ways, two_copies
 from bench.machine import finish
-from trocar.models.load import Loaded, load
+from trocar.models.load import Loaded
 
 USERS, LENGTH, TOKENS = 16, 24, 64
 GOALS = {"edit": 0.98, "capture_one_layer": 0.98, "capture_all_layers": 0.95}
@@ -43,31 +43,20 @@ def asks(loaded: Loaded, tokens: int) -> dict[str, list[room.Ask]]:
     }
 
 
-def race(sides: list[Side], plain: list[room.Ask], other: list[room.Ask]) -> tuple[Measured, Measured]:
-    """Both kinds of traffic, pass by pass in turns."""
-    free, busy = together(
-        (sides[0], [ask.task(sides[0].loaded) for ask in plain]),
-        (sides[1], [ask.task(sides[1].loaded) for ask in other]),
-    )
-    return free, busy
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     rounds, tokens = (1, 16) if parser.parse_args().quick else (2, TOKENS)
     torch.set_num_threads(1)
-    baton = Baton()
-    sides = [Side(number, baton, load("smollm2-135m-instruct")) for number in range(2)]
-    for side in sides:
-        for requests in asks(side.loaded, 2).values():
-            room.together(side.runner, [ask.task(side.loaded) for ask in requests])
+    served = two_copies(
+        "smollm2-135m-instruct", [room.Ask("warm", room.TEXT, room.prompts(USERS, LENGTH), 2)]
+    )
     out: dict[str, list[float]] = {name: [] for name in (*GOALS, *SAME_PASSES)}
     speeds: dict[str, list[float]] = {name: [] for name in ("no_program", *GOALS)}
-    traffic = asks(sides[0].loaded, tokens)
+    traffic = asks(served[0].loaded, tokens)
     for _ in range(rounds):
         for name in GOALS:
-            both = [race(order, traffic["no_program"], traffic[name]) for order in (sides, sides[::-1])]
+            both = both_ways(served, traffic["no_program"], traffic[name])
             for free, busy in both:
                 speeds["no_program"].append(USERS * tokens / free.seconds)
                 speeds[name].append(USERS * tokens / busy.seconds)
@@ -76,8 +65,8 @@ def main() -> None:
                 longer = [f.seconds + (b.passes - f.passes) * f.decode for f, b in both]
                 ratios = [x / b.seconds for x, (_, b) in zip(longer, both, strict=True)]
                 out[f"{name}_same_passes"].append(math.prod(ratios) ** 0.5)
-    for side in sides:
-        side.runner.close()
+    for one in served:
+        one.runner.close()
     for name, values in speeds.items():
         print(f"{name:<20} {statistics.median(values):6.1f} tokens per CPU second")
     finish("overhead", out, GOALS)

@@ -2,26 +2,30 @@
 
 Two models. SmolLM2 tells what a token costs. A model as deep but only 48 wide, with random weights, tells what the
 host does: its arithmetic is next to nothing, so a step takes the time of the calls that make it up. The peer is
-always the same number of users with no program, in alternating turns.
+always the same number of users with other programs or none: in alternating turns on the narrow model, pass by pass
+in turns on SmolLM2, where a ratio compares the median decode passes.
 
 A capture of L layers by U users is fitted as a + b U + c L + d U L microseconds per forward pass over the narrow
-model; d is what one more captured layer of one more user costs the host. `no_program_over_*` is CPU time without
-programs / with them.
+model; d is what one more captured layer of one more user costs the host.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import shutil
 import statistics
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from bench import room
+from bench.baton import both_ways, two_copies
 from bench.machine import finish
 from trocar.engine.hf.engine import HFEngine
 from trocar.models.load import Loaded, load
@@ -30,6 +34,14 @@ from trocar.models.pull import locate
 MODEL = "smollm2-135m-instruct"
 LENGTH, NARROW_TOKENS, TOKENS = 8, 24, 12
 USERS, LAYERS, VECTORS = (1, 4, 16, 64), (0, 1, 10, 30), (1, 4, 16, 64)
+PAIRS = {
+    "layers_1_over_30": ("layers_1", "layers_30"),
+    "vectors_1_over_64": ("vectors_1", "vectors_64"),
+    "no_program_over_layers_1": ("no_program", "layers_1"),
+    "no_program_over_layers_30": ("no_program", "layers_30"),
+    "no_program_over_vectors_64": ("no_program", "vectors_64"),
+    "no_program_over_own_layer": ("no_program", "own_layer"),
+}
 GOALS = {"layers_1_over_30": 0.95, "vectors_1_over_64": 0.98}
 
 
@@ -38,9 +50,10 @@ def narrow(home: Path, folder: Path) -> Loaded:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    vocab = json.loads((home / "config.json").read_text())["vocab_size"]
     config = LlamaConfig(
         hidden_size=48, intermediate_size=96, num_hidden_layers=30, num_attention_heads=3, num_key_value_heads=1,
-        head_dim=16, vocab_size=512, tie_word_embeddings=True, eos_token_id=2,
+        head_dim=16, vocab_size=vocab, tie_word_embeddings=True, eos_token_id=2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -48,13 +61,12 @@ def narrow(home: Path, folder: Path) -> Loaded:
     return load(folder)
 
 
-class Desk:
-    """An engine and what is asked of it."""
+@dataclass(frozen=True)
+class Requests:
+    """What is asked of a model."""
 
-    def __init__(self, loaded: Loaded, tokens: int) -> None:
-        self.loaded, self.tokens = loaded, tokens
-        self.runner: HFEngine = room.engine(loaded)
-        self._top = min(40_000, loaded.facts.vocab_size)
+    loaded: Loaded
+    tokens: int
 
     def captures(self, users: int, layers: int) -> list[room.Ask]:
         nodes = room.keep(range(layers)) + room.TEXT
@@ -62,30 +74,32 @@ class Desk:
 
     def edits(self, users: int, distinct: int) -> list[room.Ask]:
         """Everybody steers at one layer, with one of `distinct` vectors."""
-        width = self.loaded.facts.d_model
-        return [
-            room.Ask(
-                f"u{i}", room.steer(15) + room.TEXT, [p], self.tokens, {"v": room.vector(width, i % distinct)}
-            )
-            for i, p in enumerate(self._prompts(users))
-        ]
+        return [self._edit(i, p, 15, i % distinct) for i, p in enumerate(self._prompts(users))]
 
     def everywhere(self, users: int) -> list[room.Ask]:
         """Everybody steers at a layer of their own."""
-        width = self.loaded.facts.d_model
-        return [
-            room.Ask(f"u{i}", room.steer(i % 30) + room.TEXT, [p], self.tokens, {"v": room.vector(width, i)})
-            for i, p in enumerate(self._prompts(users))
-        ]
+        return [self._edit(i, p, i % 30, i) for i, p in enumerate(self._prompts(users))]
+
+    def _edit(self, user: int, prompt: list[int], layer: int, seed: int) -> room.Ask:
+        vectors = {"v": room.vector(self.loaded.facts.d_model, seed)}
+        return room.Ask(f"u{user}", room.steer(layer) + room.TEXT, [prompt], self.tokens, vectors)
 
     def _prompts(self, users: int) -> list[list[int]]:
-        return [[t % self._top for t in p] for p in room.prompts(users, LENGTH)]
+        return room.prompts(users, LENGTH)
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Whole turns of one engine."""
+
+    runner: HFEngine
+    requests: Requests
 
     def turn(self, asks: list[room.Ask]) -> Callable[[], float]:
         """Milliseconds per forward pass."""
 
         def run() -> float:
-            tasks = [ask.task(self.loaded) for ask in asks]
+            tasks = [ask.task(self.requests.loaded) for ask in asks]
             before = self.runner.stats().forwards
             seconds = room.cpu(lambda: room.together(self.runner, tasks))
             return seconds * 1e3 / (self.runner.stats().forwards - before)
@@ -95,9 +109,9 @@ class Desk:
 
 def table(desk: Desk, rounds: int) -> dict[tuple[str, int, int], list[float]]:
     """Milliseconds per pass by kind, users, and layers or vectors."""
-    asks = {("capture", u, n): desk.captures(u, n) for u in USERS for n in LAYERS}
-    asks |= {("edit", u, v): desk.edits(u, v) for u in USERS for v in VECTORS if v <= u}
-    asks |= {("own layer", u, u): desk.everywhere(u) for u in USERS}
+    asks = {("capture", u, n): desk.requests.captures(u, n) for u in USERS for n in LAYERS}
+    asks |= {("edit", u, v): desk.requests.edits(u, v) for u in USERS for v in VECTORS if v <= u}
+    asks |= {("own layer", u, u): desk.requests.everywhere(u) for u in USERS}
     verbs = {f"{k}/{u}/{n}": desk.turn(x) for (k, u, n), x in asks.items()}
     for verb in verbs.values():
         verb()
@@ -134,24 +148,26 @@ def fit(found: dict[tuple[str, int, int], list[float]]) -> dict[str, float]:
 
 
 def real(rounds: int) -> dict[str, list[float]]:
-    """Ratios of SmolLM2 with 64 users."""
-    desk, most = Desk(load(MODEL), TOKENS), max(USERS)
+    """Ratios of SmolLM2 with 64 users: two copies, pass by pass in turns, once with either copy."""
+    served, most = (
+        two_copies(MODEL, [room.Ask("warm", room.TEXT, room.prompts(max(USERS), LENGTH), 2)]),
+        max(USERS),
+    )
+    requests = Requests(served[0].loaded, TOKENS)
     asks = {
-        "none": desk.captures(most, 0), "layers_1": desk.captures(most, 1), "layers_30": desk.captures(most, 30),
-        "vectors_1": desk.edits(most, 1), "vectors_64": desk.edits(most, most), "own_layer": desk.everywhere(most),
+        "no_program": requests.captures(most, 0), "layers_1": requests.captures(most, 1),
+        "layers_30": requests.captures(most, 30), "vectors_1": requests.edits(most, 1),
+        "vectors_64": requests.edits(most, most), "own_layer": requests.everywhere(most),
     }  # fmt: skip
-    verbs = {name: desk.turn(x) for name, x in asks.items()}
-    verbs["layers_30"]()
-    found = room.turns(verbs, rounds)
-    desk.runner.close()
-    for name, values in found.items():
-        print(f"SmolLM2, {most} users, {name:<10} {statistics.median(values):.1f} ms per pass")
-    out = {
-        "layers_1_over_30": room.ratios(found["layers_1"], found["layers_30"]),
-        "vectors_1_over_64": room.ratios(found["vectors_1"], found["vectors_64"]),
-    }
-    for name in ("layers_1", "layers_30", "vectors_64", "own_layer"):
-        out[f"no_program_over_{name}"] = room.ratios(found["none"], found[name])
+    out: dict[str, list[float]] = {name: [] for name in PAIRS}
+    for _ in range(rounds):
+        for name, (first, second) in PAIRS.items():
+            both = both_ways(served, asks[first], asks[second])
+            out[name].append(math.prod(a.decode / b.decode for a, b in both) ** 0.5)
+    for one in served:
+        one.runner.close()
+    for name, values in out.items():
+        print(f"SmolLM2, {most} users, {name:<28} {statistics.median(values):.3f}")
     return out
 
 
@@ -162,13 +178,14 @@ def main() -> None:
     torch.set_num_threads(1)
     home, _ = locate(MODEL)
     with tempfile.TemporaryDirectory() as folder:
-        desk = Desk(narrow(home, Path(folder)), NARROW_TOKENS)
+        loaded = narrow(home, Path(folder))
+        desk = Desk(room.engine(loaded), Requests(loaded, NARROW_TOKENS))
         found = table(desk, 2 if quick else 4)
         desk.runner.close()
     show(found)
     terms = fit(found)
     print("per pass, microseconds: " + ", ".join(f"{k} {v:.1f}" for k, v in terms.items()))
-    ratios = real(1 if quick else 5)
+    ratios = real(1 if quick else 3)
     cells = {f"{k.replace(' ', '_')}_{u}_{n}": statistics.median(v) for (k, u, n), v in found.items()}
     finish("scale", ratios, GOALS, narrow_ms=cells, capture_us=terms)
 

@@ -1,10 +1,9 @@
 """Many users at once, each with a program of their own, against serving them in turn and against no programs.
 
 Every user steers with their own vector at their own layer, at every token. Ours is one engine that gets all
-requests at once. Peers: nnsight 0.8.1, which serves the same requests one after another with the same edits
-(and must give the same tokens), and Hugging Face `generate` on all prompts in one padded batch without any
-program, the speed that serving different programs cannot be expected to reach. Ratios are the peer's CPU
-seconds / ours.
+requests at once. Peers: nnsight 0.8.1, which runs the same requests one after another with the same edits (and must
+give the same tokens), and Hugging Face `generate` on all prompts in one padded batch without any program. Ratios
+are the peer's CPU seconds / ours; `generate` and ours take turns pass by pass, nnsight and ours turn by turn.
 
 nnsight has its own pins, so it runs in a Python of its own as a child that measures itself:
 `TROCAR_BENCH_NNSIGHT` names that Python. Without it, a virtual environment is made in a temporary directory,
@@ -28,9 +27,9 @@ from typing import Any
 import torch
 
 from bench import room
+from bench.baton import Baton, Served, Side, race
 from bench.machine import finish
-from trocar.engine.hf.engine import HFEngine
-from trocar.engine.protocol import Generated
+from trocar.engine.protocol import Generated, TaskResult
 from trocar.models.load import Loaded, load
 from trocar.models.pull import locate
 
@@ -39,7 +38,6 @@ ROOT = Path(__file__).resolve().parents[1]
 LENGTH, TOKENS, STRENGTH = 20, 32, 40.0
 ROUNDS = {1: 3, 4: 3, 16: 3, 64: 1}
 QUICK = {1: 2, 4: 1, 16: 1}
-Side = Callable[[list[room.Ask]], tuple[float, list[list[int]]]]
 GOALS = {"nnsight_16": 6.0, "generate_16": 1.25}
 
 
@@ -123,16 +121,8 @@ def everyone(loaded: Loaded, count: int) -> list[room.Ask]:
     ]
 
 
-def ours(runner: HFEngine, loaded: Loaded, users: list[room.Ask]) -> tuple[float, list[list[int]]]:
-    """CPU seconds from accepted programs to results, checking included, and the tokens."""
-    results: list[Any] = []
-    seconds = room.cpu(lambda: results.extend(room.together(runner, [u.task(loaded) for u in users])))
-    texts = [r.outputs["text"] for r in results]
-    return seconds, [list(t.ids[0]) for t in texts if isinstance(t, Generated)]
-
-
-def generate(model: Any, users: list[room.Ask]) -> tuple[float, list[list[int]]]:
-    """CPU seconds of one left-padded batch without programs, and the tokens."""
+def padded(users: list[room.Ask]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded ids and their mask."""
     longest = max(len(u.prompts[0]) for u in users)
     ids = torch.zeros(len(users), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -140,11 +130,33 @@ def generate(model: Any, users: list[room.Ask]) -> tuple[float, list[list[int]]]
         prompt = user.prompts[0]
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
-    settings = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
-    made: list[Any] = []
-    with torch.inference_mode():
-        seconds = room.cpu(lambda: made.append(model.generate(ids, attention_mask=mask, **settings)))
-    return seconds, made[0][:, longest:].tolist()
+    return ids, mask
+
+
+class Plain:
+    """Hugging Face `generate` on all prompts at once, without any program."""
+
+    def __init__(self, baton: Baton, home: Path) -> None:
+        self._model = room.plain_model(home)
+        self._model.generation_config.eos_token_id = None  # no text ends before its length
+        self.side = Side(1, baton, self._model.base_model)
+        self.tokens: list[list[int]] = []
+
+    def serve(self, users: list[room.Ask]) -> Callable[[], object]:
+        ids, mask = padded(users)
+
+        @torch.inference_mode()
+        def run() -> None:
+            settings = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0}
+            made = self._model.generate(ids, attention_mask=mask, **settings)
+            self.tokens = made[:, ids.shape[1] :].tolist()
+
+        return run
+
+
+def texts(results: list[TaskResult]) -> list[list[int]]:
+    found = [r.outputs["text"] for r in results]
+    return [list(t.ids[0]) for t in found if isinstance(t, Generated)]
 
 
 def agree(tokens: dict[str, list[list[int]]]) -> str:
@@ -168,46 +180,49 @@ def main() -> None:
     plan = QUICK if parser.parse_args().quick else ROUNDS
     torch.set_num_threads(1)
     home, _ = locate(MODEL)
-    loaded, model = load(MODEL), room.plain_model(home)
-    model.generation_config.eos_token_id = None  # no text ends before its length
-    runner = room.engine(loaded)
+    baton = Baton()
+    engine, plain = Served(0, baton, load(MODEL)), Plain(baton, home)
     out: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         peer = child(folder, home)
-        sides: dict[str, Side] = {
-            "ours": lambda users: ours(runner, loaded, users),
-            "generate": lambda users: generate(model, users),
-        }
+        warm = everyone(engine.loaded, 2)
+        for verb in (engine.serve(warm), plain.serve(warm)):
+            verb()
         if peer:
-            sides["nnsight"] = peer.serve
             print(f"peer: {peer.versions}")
-        for side in sides.values():
-            side(everyone(loaded, 2))
+            peer.serve(warm)
         for count, rounds in plan.items():
-            measure(out, everyone(loaded, count), rounds, sides)
+            measure(out, everyone(engine.loaded, count), rounds, engine, plain, peer)
         if peer:
             peer.close()
-    runner.close()
+    engine.runner.close()
     finish("tenants", out, GOALS if peer else {"generate_16": GOALS["generate_16"]})
 
 
-def measure(out: dict[str, list[float]], users: list[room.Ask], rounds: int, sides: dict[str, Side]) -> None:
-    """One number of users: alternating turns, a line of the table, ratios into `out`."""
-    tokens: dict[str, list[list[int]]] = {}
-
-    def turn(name: str) -> Callable[[], float]:
-        def run() -> float:
-            seconds, tokens[name] = sides[name](users)
-            return seconds
-
-        return run
-
-    found = room.turns({name: turn(name) for name in sides}, rounds)
+def measure(
+    out: dict[str, list[float]],
+    users: list[room.Ask],
+    rounds: int,
+    engine: Served,
+    plain: Plain,
+    peer: Nnsight | None,
+) -> None:
+    """One number of users: `generate` pass by pass in turns with ours, then nnsight in turn with ours alone."""
     count = len(users)
-    for name in sides:
-        if name != "ours":
-            out[f"{name}_{count}"] = room.ratios(found[name], found["ours"])
-    speeds = [f"{n} {count * TOKENS / statistics.median(s):.1f}" for n, s in found.items()]
+    seconds: dict[str, list[float]] = {"ours": [], "generate": [], "nnsight": []}
+    tokens: dict[str, list[list[int]]] = {}
+    for _ in range(rounds):
+        mine, theirs = race((engine.side, engine.serve(users)), (plain.side, plain.serve(users)))
+        out.setdefault(f"generate_{count}", []).append(theirs.seconds / mine.seconds)
+        seconds["generate"].append(theirs.seconds)
+        alone = engine.side.measure(engine.serve(users))
+        seconds["ours"].append(alone.seconds)
+        tokens |= {"ours": texts(engine.results), "generate": plain.tokens}
+        if peer:
+            spent, tokens["nnsight"] = peer.serve(users)
+            out.setdefault(f"nnsight_{count}", []).append(spent / alone.seconds)
+            seconds["nnsight"].append(spent)
+    speeds = [f"{n} {count * TOKENS / statistics.median(s):.1f}" for n, s in seconds.items() if s]
     print(f"{count:>3} users, tokens per CPU second: {', '.join(speeds)}{agree(tokens)}", flush=True)
 
 

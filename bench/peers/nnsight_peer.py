@@ -1,4 +1,4 @@
-"""The peer of `bench.tenants`: nnsight serving requests one after another, as its server does.
+"""The peer of `bench.tenants`: nnsight running requests one after another.
 
 A script for a Python that has nnsight; it imports nothing of this project. It reads one JSON object per line,
 `{"requests": [{"prompt": [id, ...], "layer": n, "vector": [number, ...]}, ...], "new_tokens": n}`, serves the
