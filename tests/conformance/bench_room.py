@@ -152,7 +152,8 @@ class Bench:
     Attributes:
         loaded: what the engine was made of.
         plain: weights that no engine touches.
-        prompts: four prompts of different lengths, one of two tokens.
+        prompts: four prompts of different lengths, one of two or three tokens.
+        most: how far log-probabilities may be from the reference.
     """
 
     name: str
@@ -160,6 +161,9 @@ class Bench:
     engine: Any
     plain: Plain
     prompts: tuple[tuple[int, ...], ...]
+    most: float
+    _usual: dict[str, float] = field(default_factory=dict)
+    _bare: dict[tuple[tuple[int, ...], ...], Solo] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<bench of {self.name}>"
@@ -193,8 +197,10 @@ class Bench:
 
     def usual(self, site: str) -> float:
         """How long rows of a site usually are."""
-        rows = self.solo([read(site)], self.prompts[0]).first.read["r"]
-        return float(rows[1:].norm(dim=-1).mean())
+        if site not in self._usual:
+            rows = self.solo([read(site)], self.prompts[0]).first.read["r"]
+            self._usual[site] = float(rows[1:].norm(dim=-1).mean())
+        return self._usual[site]
 
     def pushing(self, site: str, times: float = 1.0, seed: int = 0) -> torch.Tensor:
         """A vector some times as long as the site's rows usually are."""
@@ -258,6 +264,13 @@ class Bench:
 
     def solo(self, nodes: Sequence[Any], prompt: Sequence[int], **more: Any) -> Solo:
         return solo(self.plain, nodes, prompt, **more)
+
+    def bare(self, prompt: Sequence[int], ids: Sequence[int] = ()) -> Solo:
+        """The model without any edit, on a prompt and a text after it."""
+        key = (tuple(prompt), tuple(ids))
+        if key not in self._bare:
+            self._bare[key] = self.solo([logprobs((0,), "all")], prompt, forced=ids)
+        return self._bare[key]
 
     def reference(self, ask: Ask, prompt: int, *, forced: Sequence[int] | None = None) -> Solo:
         """One prompt of a request, as the hooks have it; greedy, or along ids that were generated."""

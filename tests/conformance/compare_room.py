@@ -14,15 +14,13 @@ from reference import Solo
 from reference_rows import in_generated
 
 from trocar.engine.protocol import TaskResult
-from trocar.graph import ops
 
-LOGPROBS = 1e-4
 ROWS = 1e-4
 TIE = 1e-3
 GAPS: dict[str, float] = {}
 
 
-def close(name: str, ours: Any, theirs: Any, most: float = LOGPROBS) -> None:
+def close(name: str, ours: Any, theirs: Any, most: float = 1e-4) -> None:
     """Asserts that two arrays are near, and remembers the largest difference for the summary."""
     a = torch.as_tensor(np.asarray(ours), dtype=torch.float64)
     b = torch.as_tensor(np.asarray(theirs), dtype=torch.float64)
@@ -102,15 +100,36 @@ def follow(bench: Bench, ask: Ask, result: TaskResult) -> list[Solo]:
 
 
 def against_hooks(
-    bench: Bench, ask: Ask, result: TaskResult, name: str, runs: Sequence[Solo] | None = None
+    bench: Bench,
+    ask: Ask,
+    result: TaskResult,
+    name: str,
+    runs: Sequence[Solo] | None = None,
+    most: float | None = None,
 ) -> list[Solo]:
-    """Every output and receipt of a request against the reference; gives the reference's runs."""
+    """Every output and receipt of a request against the reference; gives the reference's runs.
+
+    Args:
+        most: how far log-probabilities and probabilities may be off, if not as far as on this bench.
+    """
     runs = follow(bench, ask, result) if runs is None else runs
     for node in ask.nodes:
         if node.op in CHECKS:
-            CHECKS[node.op](ask, node, result, runs, f"{name}: {node.op}")
+            held = Held(f"{name}: {node.op}", bench.most if most is None else most)
+            CHECKS[node.op](ask, node, result, runs, held)
     _receipts(ask, result, runs, name)
     return list(runs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """What is compared, and how near it must be."""
+
+    name: str
+    most: float
+
+    def close(self, ours: Any, theirs: Any, what: str = "") -> None:
+        close(f"{self.name}{what}", ours, theirs, self.most)
 
 
 def _rows_of(found: Any, prompt: int) -> np.ndarray:
@@ -123,60 +142,60 @@ def _positions(found: Any, prompt: int, want: wanted.Wanted, name: str) -> None:
         assert found.tags.positions[_rows_of(found, prompt)].tolist() == want.positions, name
 
 
-def _logprobs(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], name: str) -> None:
+def _logprobs(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], held: Held) -> None:
     found = result.outputs[node.id]
     for i, run in enumerate(runs):
         ids = node.tokens[i] if isinstance(node.tokens[0], tuple) else node.tokens
         want = wanted.named_logprobs(run, node, ids)
-        _positions(found, i, want, name)
-        close(name, found.logprobs[_rows_of(found, i)], want.data)
+        _positions(found, i, want, held.name)
+        held.close(found.logprobs[_rows_of(found, i)], want.data)
 
 
-def _lens(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], name: str) -> None:
+def _lens(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], held: Held) -> None:
     found = result.outputs[node.id]
     for i, run in enumerate(runs):
         mine = _rows_of(found, i)
         for number, want in enumerate(wanted.lens_tables(run, node)):
-            _positions(found, i, want, name)
+            _positions(found, i, want, held.name)
             ids = torch.from_numpy(found.ids[number][mine])
-            close(name, found.logprobs[number][mine], want.data.gather(1, ids))
-            close(f"{name}, best", found.logprobs[number][mine], want.data.topk(node.top_k).values)
+            held.close(found.logprobs[number][mine], want.data.gather(1, ids))
+            held.close(found.logprobs[number][mine], want.data.topk(node.top_k).values, ", best")
 
 
-def _score(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], name: str) -> None:
+def _score(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], held: Held) -> None:
     found = result.outputs[node.id]
     for i, run in enumerate(runs):
         want = wanted.scores(run, node, ask.probe(node.id))
-        _positions(found, i, want, name)
-        close_rows(name, torch.from_numpy(found.scores[_rows_of(found, i)]), want.data)
+        _positions(found, i, want, held.name)
+        close_rows(held.name, torch.from_numpy(found.scores[_rows_of(found, i)]), want.data)
 
 
-def _metric(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], name: str) -> None:
+def _metric(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], held: Held) -> None:
     found = result.outputs[node.id].values
     assert len(found) == len(runs)
     for i, run in enumerate(runs):
         ids = ()
         if node.tokens is not None:
             ids = node.tokens[i] if isinstance(node.tokens[0], tuple) else node.tokens
-        close(f"{name} {node.metric}", found[i], wanted.metric(run, node, ask.prompts[i], ids))
+        held.close(found[i], wanted.metric(run, node, ask.prompts[i], ids), f" {node.metric}")
 
 
-def _pattern(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], name: str) -> None:
+def _pattern(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], held: Held) -> None:
     found = result.outputs[node.id]
     for i, run in enumerate(runs):
         want = wanted.pattern(run, node)
-        _positions(found, i, want, name)
-        close(name, found.probs[_rows_of(found, i)], want.data)
+        _positions(found, i, want, held.name)
+        held.close(found.probs[_rows_of(found, i)], want.data)
 
 
-def _capture(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], name: str) -> None:
+def _capture(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], held: Held) -> None:
     shelf, counts = ask.sinks[node.id], result.outputs[node.id].rows_per_prompt
     keys = shelf.keys()
     for i, run in enumerate(runs):
         for site, want in wanted.captured(run, node).items():
-            assert keys[keys[:, 0] == i][:, 1].tolist() == want.positions, (name, site)
+            assert keys[keys[:, 0] == i][:, 1].tolist() == want.positions, (held.name, site)
             assert counts[i] == len(want.data)
-            close_rows(name, shelf.rows(site, i), want.data)
+            close_rows(held.name, shelf.rows(site, i), want.data)
 
 
 def _receipts(ask: Ask, result: TaskResult, runs: Sequence[Solo], name: str) -> None:
@@ -208,8 +227,7 @@ def changed(bench: Bench, ask: Ask, result: TaskResult, name: str = "lp") -> flo
     """The largest change of a request's log-probabilities against the model without any edit."""
     node, found, most = ask.node(name), result.outputs[name], 0.0
     for i, prompt in enumerate(ask.prompts):
-        ids = result.outputs["text"].ids[i] if ask.generation.max_new_tokens else None
-        bare = bench.solo([ops.Logprobs(id="lp", at=node.at, tokens=node.tokens)], prompt, forced=ids)
-        want = wanted.named_logprobs(bare, node, node.tokens)
+        ids = result.outputs["text"].ids[i] if ask.generation.max_new_tokens else ()
+        want = wanted.named_logprobs(bench.bare(prompt, ids), node, node.tokens)
         most = max(most, float(np.abs(found.logprobs[_rows_of(found, i)] - want.data.numpy()).max()))
     return most

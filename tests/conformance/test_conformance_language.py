@@ -121,7 +121,7 @@ def test_c32_an_identity_dictionary_changes_nothing(bench: Bench) -> None:
     ask = Ask([_sae(), splice, logprobs(TOKENS)], bench.prompts, vectors=_identity(bench.width(site)))
     found = bench.alone(ask).outputs["lp"].logprobs
     base = bench.alone(Ask([logprobs(TOKENS)], bench.prompts)).outputs["lp"].logprobs
-    close("identity dictionary", found, base)
+    close("identity dictionary", found, base, bench.most)
 
 
 @pytest.mark.parametrize("activation", ["relu", "topk", "jumprelu"])
@@ -223,7 +223,9 @@ def test_affine_and_clamp(bench: Bench) -> None:
 def test_site_norm_counts_in_mean_norms(bench: Bench) -> None:
     site = f"resid_post.{bench.middle}"
     add = ops.EditAdd(id="e", site=site, at="prompt[*]", value="v", coef=0.5, unit="site_norm")
-    clamp = ops.EditClamp(id="c", site=site, at="prompt[*]", value="v", low=-0.1, high=0.1, unit="site_norm")
+    clamp = ops.EditClamp(
+        id="c", site=site, at="prompt[*]", value="v", low=-1e-3, high=1e-3, unit="site_norm"
+    )
     for edit in (add, clamp):
         for scale in (1e-3, 1e3):  # only the direction counts
             ask = Ask([V, edit, logprobs(TOKENS)], bench.prompts, vectors={"v": bench.vector(site, scale)})
@@ -279,7 +281,7 @@ def test_metrics(bench: Bench) -> None:
     result = _same(bench, Ask(nodes, prompts, vectors=vectors, stored={"s": before}), "metrics")
     assert result.outputs["kl"].values.min() > 1e-3
     same = bench.alone(Ask([nodes[2], nodes[6]], prompts, stored={"s": before}))
-    close("kl of a run from itself", same.outputs["kl"].values, [0.0] * n)
+    close("kl of a run from itself", same.outputs["kl"].values, [0.0] * n, bench.most)
 
 
 def test_rows_by_text_role_and_mask(bench: Bench) -> None:

@@ -127,7 +127,7 @@ TEXT = {"id": "t", "op": "text"}
 def test_c30_gradients_are_refused_by_name(op: str) -> None:
     """An engine without a backward pass has no op that asks for one."""
     assert op not in SPEC
-    assert _refused(_sent([{"id": "g", "op": op, "of": "r"}])).code in ("unknown_op", "bad_value")
+    assert _refused(_sent([{"id": "g", "op": op, "of": "r"}])).code == "unknown_op"
     assert strict.parse(RunRequest, _sent([TEXT])).program.nodes[0].op == "text"
 
 

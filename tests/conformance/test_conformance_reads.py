@@ -30,7 +30,7 @@ def test_c01_noop(bench: Bench) -> None:
     """An empty program gives the model's own numbers, and one that only reads gives the same bits."""
     bare = Ask([logprobs(TOKENS)], bench.prompts)
     found = bench.alone(bare)
-    against_hooks(bench, bare, found, "noop")
+    against_hooks(bench, bare, found, "noop", most=1e-4)
     reading = Ask(
         [read(s, name=f"r{i}") for i, s in enumerate(bench.sites())] + [logprobs(TOKENS)], bench.prompts
     )
@@ -38,9 +38,11 @@ def test_c01_noop(bench: Bench) -> None:
 
 
 def test_c02_a_read_is_what_a_hook_sees(bench: Bench) -> None:
-    for site in bench.sites():
-        ask = Ask([read(site), capture("r")], bench.prompts[:2])
-        against_hooks(bench, ask, bench.alone(ask), "read")
+    sites = bench.sites()
+    reads = [read(site, name=f"r{i}") for i, site in enumerate(sites)]
+    ask = Ask([*reads, capture(*[r.id for r in reads])], bench.prompts)
+    against_hooks(bench, ask, bench.alone(ask), "read")
+    for site in sites:
         assert ask.sinks["kept"].rows(site).shape == (sum(map(len, ask.prompts)), bench.width(site))
 
 
@@ -119,7 +121,7 @@ def test_c14_rows_are_the_requests_own(bench: Bench) -> None:
 def test_c15_mixed_lengths_equal_each_alone(bench: Bench) -> None:
     ask = Ask([logprobs(TOKENS, "prompt[-1]")], bench.prompts)
     found = bench.alone(ask)
-    against_hooks(bench, ask, found, "mixed lengths")
+    against_hooks(bench, ask, found, "mixed lengths", most=1e-4)
     assert found.outputs["lp"].tags.positions.tolist() == [len(p) - 1 for p in bench.prompts]
     for i, prompt in enumerate(bench.prompts):
         one = bench.alone(Ask(ask.nodes, [prompt])).outputs["lp"].logprobs
@@ -135,8 +137,8 @@ def test_c24_logit_lens_is_norm_and_unembedding(bench: Bench) -> None:
     result = bench.alone(ask)
     (run,) = against_hooks(bench, ask, result, "logit lens")
     model = run.first.logits.double().log_softmax(-1).topk(5).values
-    close("last lens is the model", result.outputs["lens"].logprobs[-1], model)
-    close("lens after the final norm", result.outputs["normed"].logprobs[0], model)
+    close("last lens is the model", result.outputs["lens"].logprobs[-1], model, bench.most)
+    close("lens after the final norm", result.outputs["normed"].logprobs[0], model, bench.most)
     early = torch.from_numpy(result.outputs["lens"].logprobs[0])
     assert (early - model).abs().max() > 0.1
 

@@ -284,8 +284,9 @@ def _small_requests(bench: Bench, count: int) -> None:
             greedy(2),
             vectors={"v": torch.full((width,), float("nan"))},
         )
-        futures = bench.started(*asks, bad, Ask([text()], prompts, greedy(30)))
-        bench.engine.cancel(f"test-{start}")
+        tasks = [bench.task(a) for a in (*asks, bad, Ask([text()], prompts, greedy(6)))]
+        futures = bench.submitted(tasks)
+        bench.engine.cancel(tasks[-1].request)
         for future in futures:
             future.exception(60)
 
