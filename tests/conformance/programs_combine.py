@@ -266,9 +266,11 @@ def _edit_affine(w: Writer, where: dict[str, Any], _value_: Known | None, width:
 
 
 def _edit_clamp(w: Writer, where: dict[str, Any], value: Known | None, width: int) -> None:
-    low, high = w.rng.choice([(None, 0.5), (-0.5, None), (-0.25, 0.25), (1.0, 2.0)])
+    unit = _unit(w, where["site"])
+    size = 0.02 if unit == "site_norm" else 0.5
+    low, high = w.rng.choice([(None, -size), (size, None), (-size / 2, size / 2), (2 * size, 4 * size)])
     ref = _value(w, value, width)
-    w.add(ops.EditClamp(id=w.name("e"), value=ref, low=low, high=high, unit=_unit(w, where["site"]), **where))
+    w.add(ops.EditClamp(id=w.name("e"), value=ref, low=low, high=high, unit=unit, **where))
 
 
 def _edit_sae(w: Writer, where: dict[str, Any], _value_: Known | None, _width: int) -> None:

@@ -109,7 +109,7 @@ def test_random_programs_do_not_feel_the_scheduler(limited: Any, model: str) -> 
 
 
 def test_the_writer_reaches_every_op(small: Bench) -> None:
-    """Without an engine: what is written is mostly legal and steady, holds every op, and edits that change something."""
+    """Without an engine: what is written is mostly legal and steady, has every op, and edits that change something."""
     seen: Counter[str] = Counter()
     for number in range(150):
         ask = program(small, Random(number))
@@ -126,7 +126,7 @@ def test_the_writer_reaches_every_op(small: Bench) -> None:
     assert seen["steady"] > 0.9 * seen["legal"]
     assert {op for op in SPEC if not seen[op]} == set()
     idle = {op: (seen[f"wrote {op}"], seen[f"left {op}"]) for op in EDITS}
-    assert all(wrote > left for wrote, left in idle.values()), idle
+    assert [op for op, (wrote, left) in idle.items() if wrote <= left] == [], sorted(idle.items())
 
 
 def _effects(ask: Ask, runs: list[Solo]) -> list[str]:
