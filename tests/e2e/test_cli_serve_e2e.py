@@ -116,7 +116,7 @@ def test_a_program_over_http_then_a_polite_stop(home: Path, serving: Serving) ->
     said = serving.said()
     assert f"trocar ready {serving.url}\n" in said
     assert said.count(serving.secret) == 1
-    assert "14 sites validated in" in said
+    assert "15 sites validated in" in said
     assert "isolation: process" in said
     snippet = "\n".join(said[said.index("import trocar") :].splitlines()[:3])
     assert "Paris" in serving.run(snippet)

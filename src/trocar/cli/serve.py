@@ -66,7 +66,7 @@ def serve(
     step_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens in one forward pass (512): fewer answer sooner, more take less time each."
+            min=1, help="Tokens in one forward pass (256): fewer answer sooner, more take less time each."
         ),
     ] = None,
     kv_gib: Annotated[

@@ -33,7 +33,7 @@ class Limits:
         prefix_cache: whether unedited prefixes are kept for their tenant.
     """
 
-    step_tokens: int = 512
+    step_tokens: int = 256
     kv_bytes: int = 2 << 30
     kv_tokens: int | None = None
     sequences: int = 96
