@@ -16,6 +16,7 @@ from reference_rows import in_generated
 from trocar.engine.protocol import TaskResult
 
 ROWS = 1e-4
+ROUNDING = 3e-6
 TIE = 1e-3
 GAPS: dict[str, float] = {}
 
@@ -128,8 +129,9 @@ class Held:
     name: str
     most: float
 
-    def close(self, ours: Any, theirs: Any, what: str = "") -> None:
-        close(f"{self.name}{what}", ours, theirs, self.most)
+    def close(self, ours: Any, theirs: Any, what: str = "", size: float = 0.0) -> None:
+        """Args: size: of the numbers that float32 has rounded on the way, where they may be in the hundreds."""
+        close(f"{self.name}{what}", ours, theirs, max(self.most, ROUNDING * size))
 
 
 def _rows_of(found: Any, prompt: int) -> np.ndarray:
@@ -158,8 +160,9 @@ def _lens(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], held: H
         for number, want in enumerate(wanted.lens_tables(run, node)):
             _positions(found, i, want, held.name)
             ids = torch.from_numpy(found.ids[number][mine])
-            held.close(found.logprobs[number][mine], want.data.gather(1, ids))
-            held.close(found.logprobs[number][mine], want.data.topk(node.top_k).values, ", best")
+            size, best = float(want.data.abs().max()), want.data.topk(node.top_k).values
+            held.close(found.logprobs[number][mine], want.data.gather(1, ids), size=size)
+            held.close(found.logprobs[number][mine], best, ", best", size)
 
 
 def _score(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], held: Held) -> None:

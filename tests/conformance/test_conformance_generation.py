@@ -106,25 +106,25 @@ def test_c18_a_later_layer_of_the_prompt_may_steer_an_earlier_layer_of_what_foll
     assert changed(bench, ask, result) > 1e-2
 
 
-def test_gates_of_the_prompt_hold_for_the_whole_text(bench: Bench) -> None:
+def test_gates_of_the_prompt_hold_for_the_whole_text(family: Bench) -> None:
     """A truth value per prompt, found in the prompt, gates every generated row; the one per row its own."""
-    site = f"resid_post.{bench.middle}"
-    unit = bench.vector(site, 1.0)
+    site = f"resid_post.{family.middle}"
+    unit = family.vector(site, 1.0)
     score = [V, ops.Tensor(id="u", name="u"), read(site, "all"), ops.Dot(id="d", a="r", b="u")]
     row = [*score, ops.Gt(id="g", a="d", b=0.0), ops.EditAdd(id="e", site=site, value="v", gate="g")]
     prompt = [ops.Tensor(id="v", name="v"), ops.Tensor(id="u", name="u"), read(site, "prompt[-1]")]
     prompt += [ops.Mean(id="last", of="r"), ops.Dot(id="d", a="last", b="u"), ops.Gt(id="g", a="d", b=0.0)]
     prompt += [ops.EditAdd(id="e", site=site, at="gen[*]", value="v", gate="g")]
-    vectors = {"v": bench.pushing(site, 2.0), "u": unit}
+    vectors = {"v": family.pushing(site, 2.0), "u": unit}
     for nodes in (row, prompt):
         for sign in (1.0, -1.0):
             ask = Ask(
                 [*nodes, text(), logprobs(TOKENS, "all")],
-                bench.prompts,
+                family.prompts,
                 greedy(4),
                 vectors={**vectors, "u": sign * unit},
             )
-            against_hooks(bench, ask, bench.alone(ask), "gates along a text")
+            against_hooks(family, ask, family.alone(ask), "gates along a text")
 
 
 @contextmanager

@@ -268,13 +268,13 @@ def test_metrics(bench: Bench) -> None:
     nodes = [
         V,
         ops.EditAdd(id="e", site=site, at="prompt[*]", value="v"),
-        ops.Stored(id="s", handle=handle(), site="final_norm"),
+        ops.Stored(id="s", handle=handle(), site="final_norm", at="prompt[-2:]"),
         ops.Metric(id="pair", metric="logit_diff", tokens=(1, 2)),
         ops.Metric(
             id="pairs", metric="logit_diff", at="prompt[*]", tokens=tuple((i, i + 1) for i in range(n))
         ),
         ops.Metric(id="ce", metric="cross_entropy", at="prompt[:-1]"),
-        ops.Metric(id="kl", metric="kl", at="prompt[*]", to="s"),
+        ops.Metric(id="kl", metric="kl", at="prompt[-2:]", to="s"),
         logprobs(TOKENS),
     ]
     vectors = {"v": bench.pushing(site, 2.0)}
@@ -284,12 +284,12 @@ def test_metrics(bench: Bench) -> None:
     close("kl of a run from itself", same.outputs["kl"].values, [0.0] * n, bench.most)
 
 
-def test_rows_by_text_role_and_mask(bench: Bench) -> None:
+def test_rows_by_text_role_and_mask(family: Bench) -> None:
     """The same rows by index and by mark: the same bits; and the reference is told the rows by hand."""
-    prompts = [p for p in bench.prompts if len(p) > 3]
+    prompts = [p for p in family.prompts if len(p) > 3]
     marks = [_marks(len(p)) for p in prompts]
     marked = [{'mask("m")': [1, 3], 'span("bc")': [1, 2], 'role("user")': range(2, len(p))} for p in prompts]
-    site = f"resid_post.{bench.middle}"
+    site = f"resid_post.{family.middle}"
     for mark, index in (
         ('mask("m")', "prompt[1,3]"),
         ('span("bc")', "prompt[1:3]"),
@@ -299,9 +299,9 @@ def test_rows_by_text_role_and_mask(bench: Bench) -> None:
         for at in (mark, index):
             edit = ops.EditAdd(id="e", site=site, at=at, value="v")
             tail = [read(site, at), ops.Mean(id="m", of="r"), ops.Lens(id="l", of=("m",)), logprobs(TOKENS)]
-            vectors = {"v": bench.pushing(site)}
+            vectors = {"v": family.pushing(site)}
             ask = Ask([V, edit, *tail], prompts, vectors=vectors, marks=marks, marked=marked)
-            found.append(_same(bench, ask, "marks").outputs["lp"].logprobs)
+            found.append(_same(family, ask, "marks").outputs["lp"].logprobs)
         assert same_bits(found[0], found[1])
 
 

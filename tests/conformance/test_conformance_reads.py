@@ -133,7 +133,7 @@ def test_c24_logit_lens_is_norm_and_unembedding(bench: Bench) -> None:
     names = [f"n{i}" for i in range(bench.layers)]
     reads = [read(f"resid_post.{i}", name=n) for i, n in enumerate(names)]
     lenses = [ops.Lens(id="lens", of=tuple(names), top_k=5), ops.Lens(id="normed", of=("f",), top_k=5)]
-    ask = Ask([*reads, read("final_norm", name="f"), *lenses], bench.prompts[:1])
+    ask = Ask([*reads, read("final_norm", name="f"), *lenses], bench.prompts[2:3])
     result = bench.alone(ask)
     (run,) = against_hooks(bench, ask, result, "logit lens")
     model = run.first.logits.double().log_softmax(-1).topk(5).values
