@@ -33,9 +33,12 @@ def close(name: str, ours: Any, theirs: Any, most: float = 1e-4) -> None:
     assert gap <= most, f"{name}: {gap:.2e}"
 
 
-def close_rows(name: str, ours: torch.Tensor, theirs: torch.Tensor, most: float = ROWS) -> None:
-    """Rows near in proportion to the largest number of theirs."""
-    size = float(theirs.abs().max()) if theirs.numel() else 1.0
+def close_rows(
+    name: str, ours: torch.Tensor, theirs: torch.Tensor, most: float = ROWS, size: float | None = None
+) -> None:
+    """Rows near in proportion to `size`, or to the largest number of theirs."""
+    if size is None:
+        size = float(theirs.abs().max()) if theirs.numel() else 1.0
     close(f"{name}, relative", ours / max(size, 1e-6), theirs / max(size, 1e-6), most)
 
 
@@ -166,11 +169,13 @@ def _lens(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], held: H
 
 
 def _score(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], held: Held) -> None:
+    """Sums that nearly cancel for one prompt are held to the size that they have for the others."""
     found = result.outputs[node.id]
-    for i, run in enumerate(runs):
-        want = wanted.scores(run, node, ask.probe(node.id))
+    wants = [wanted.scores(run, node, ask.probe(node.id)) for run in runs]
+    size = max((float(w.data.abs().max()) for w in wants if len(w.data)), default=1.0)
+    for i, want in enumerate(wants):
         _positions(found, i, want, held.name)
-        close_rows(held.name, torch.from_numpy(found.scores[_rows_of(found, i)]), want.data)
+        close_rows(held.name, torch.from_numpy(found.scores[_rows_of(found, i)]), want.data, size=size)
 
 
 def _metric(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], held: Held) -> None:
