@@ -31,7 +31,7 @@ from trocar.engine.protocol import (
     Scored,
     TaskResult,
 )
-from trocar.engine.readout import Asks, named, top
+from trocar.engine.readout import Asks, log_probabilities, named, top
 from trocar.engine.runs import PROMPT_LEVEL, Run
 from trocar.engine.values import Step
 from trocar.graph import ops
@@ -112,7 +112,7 @@ class Collector:
 
     def _lens_then(self, node: ops.Lens, number: int, tags: RowTags) -> Callable[[slice, torch.Tensor], None]:
         def then(rows: slice, logits_NV: torch.Tensor) -> None:
-            ids, logprobs = top(logits_NV.log_softmax(-1), node.top_k)
+            ids, logprobs = top(log_probabilities(logits_NV), node.top_k)
             which = np.full(len(ids), number, dtype=np.int64)
             self._put(node.id, _chosen(tags, np.arange(rows.start, rows.stop)), which, ids, logprobs)
 
@@ -142,7 +142,7 @@ class Collector:
 
         def then(rows: slice, logits_NV: torch.Tensor) -> None:
             here = np.arange(rows.start, rows.stop)
-            self._put(node.id, _chosen(tags, here), named(logits_NV.log_softmax(-1), ids_NM[rows]))
+            self._put(node.id, _chosen(tags, here), named(log_probabilities(logits_NV), ids_NM[rows]))
 
         asks.final(index, then)
 
@@ -155,7 +155,7 @@ class Collector:
 
         def then(rows: slice, logits_NV: torch.Tensor) -> None:
             prompts = tags.prompts[rows]
-            np.add.at(self._sums[node.id], prompts, measure(rows, logits_NV.log_softmax(-1)))
+            np.add.at(self._sums[node.id], prompts, measure(rows, log_probabilities(logits_NV)))
             np.add.at(self._rows[node.id], prompts, 1)
 
         asks.final(index, then)

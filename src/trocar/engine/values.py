@@ -229,7 +229,7 @@ def _encode(step: Step, node: ops.Node) -> Held:
 def normalized(rows: torch.Tensor) -> torch.Tensor:
     """Rows divided by their norm; zeros stay zero."""
     size = rows.norm(dim=-1, keepdim=True)
-    return torch.where(size > 0, rows / size, 0.0)
+    return torch.where(size == 0, 0.0, rows / size)  # a NaN stays one, and is refused where it is written
 
 
 EVALUATE: Final[dict[type[ops.Node], Callable[[Step, ops.Node], Held]]] = {

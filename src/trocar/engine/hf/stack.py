@@ -8,7 +8,7 @@ layers ends before them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +54,11 @@ class Stack:
             for hook in self._movers(stages):
                 undo.callback(hook.remove)
             undo.enter_context(tapped(self.adapter, visitors))
-            try:
-                out = self.adapter.inner(input_ids=ids[None], position_ids=positions[None], use_cache=False)
-            except _Enough:
-                return None
-        hidden_ND: torch.Tensor = out.last_hidden_state[0]
-        return hidden_ND
+            last: list[torch.Tensor] = []
+            undo.callback(self.adapter.final_norm.register_forward_hook(_end(last)).remove)
+            with suppress(_Enough):
+                self.adapter.inner(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+        return last[0] if last else None
 
     def _movers(self, stages: Sequence[Stage]) -> list[Any]:
         if len(stages) == 1:
@@ -72,6 +71,16 @@ class Stack:
         if stages[-1].layer == len(layers):
             hooks.append(self.adapter.final_norm.register_forward_pre_hook(_last(stages[-1])))
         return hooks
+
+
+def _end(last: list[torch.Tensor]) -> Callable[..., None]:
+    """Ends the pass after the last norm: what a model does behind it may count on the rows it began with."""
+
+    def hook(_module: Any, _args: Any, output: torch.Tensor) -> None:
+        last.append(output[0])
+        raise _Enough
+
+    return hook
 
 
 def _origin(stages: Sequence[Stage]) -> range:
