@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Final
 
+import numpy as np
 import torch
 
 from trocar import errors
@@ -71,8 +74,7 @@ def _apply_one(write: Write, live_ND: torch.Tensor) -> None:
         write.step.fail(write.node.id, not_finite(write.node, write.step))
         return
     live_ND.index_copy_(0, write.picked.index, after_nD)
-    norms = [float(x.norm(dim=-1).double().sum()) for x in (before_nD, after_nD)]
-    record(write.step, write.node.id, write.picked.rows, norms[0], norms[1])
+    write.step.pending.append((write.node.id, norms(before_nD), norms(after_nD)))
 
 
 def _edited(writes: Sequence[Write], before_ND: torch.Tensor) -> torch.Tensor:
@@ -220,20 +222,32 @@ def not_finite(node: ops.EditNode, step: Step) -> errors.TrocarError:
 def _tally(
     sound: Sequence[Write], writes: Sequence[Write], before_ND: torch.Tensor, after_ND: torch.Tensor
 ) -> None:
-    """Adds rows and norms to the receipts; rows that an earlier step has counted are left out."""
-    norms_2N = torch.stack([before_ND.norm(dim=-1), after_ND.norm(dim=-1)])
+    """Notes the norms for the receipts; rows that an earlier step has counted are left out."""
+    before_N, after_N = norms(before_ND), norms(after_ND)
     good = set(sound)
     for write, rows in _spans(writes):
         if write not in good:
             continue
         fresh = write.step.layout.fresh(write.picked)
-        part = norms_2N[:, rows] if fresh is None else norms_2N[:, rows][:, torch.from_numpy(fresh)]
-        before, after = part.double().sum(1).tolist()
-        record(write.step, write.node.id, part.shape[1], before, after)
+        part: slice | torch.Tensor = slice(None) if fresh is None else torch.from_numpy(fresh)
+        write.step.pending.append((write.node.id, before_N[rows][part], after_N[rows][part]))
 
 
-def record(step: Step, edit: str, rows: int, before: float, after: float) -> None:
-    """Counts an edit's effect in its task's receipt, and in the step, from where sweep variants copy it."""
-    step.run.tallies[edit].add(rows, before, after)
-    old = step.effects.get(edit, (0, 0.0, 0.0))
-    step.effects[edit] = (old[0] + rows, old[1] + before, old[2] + after)
+norms = partial(torch.linalg.vector_norm, dim=-1)
+
+
+def settle(steps: Sequence[Step]) -> None:
+    """Adds what the edits of a pass did to their tasks' receipts, and to the steps, from where variants copy it.
+
+    One sum over all edits of the pass: adding up each by itself would cost more than the edits.
+    """
+    noted = [(s, name, before, after) for s in steps for name, before, after in s.pending if len(before)]
+    if not noted:
+        return
+    starts = [0, *accumulate(len(before) for *_, before, _ in noted)][:-1]
+    both_2N = [torch.cat(side).double().numpy() for side in zip(*((b, a) for *_, b, a in noted), strict=True)]
+    sums = [np.add.reduceat(side, starts).tolist() for side in both_2N]
+    for (step, name, rows, _), before, after in zip(noted, *sums, strict=True):
+        step.run.tallies[name].add(len(rows), before, after)
+        old = step.effects.get(name, (0, 0.0, 0.0))
+        step.effects[name] = (old[0] + len(rows), old[1] + before, old[2] + after)

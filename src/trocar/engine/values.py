@@ -64,6 +64,8 @@ class Step:
         settled: every member's prompt has been seen, so prompt-wide values are kept ones.
         leader: the sweep variant whose rows this one shares below the layer where they part.
         parted: first stage with rows of its own.
+        pending: edits that were carried out, with the norms of their rows before and after, for `effects`.
+        effects: rows and sums of norms by edit.
         broken: edits that failed in this step, and why: variants that share them fail with them.
     """
 
@@ -73,6 +75,7 @@ class Step:
     leader: Step | None = None
     parted: int = 0
     read: dict[str, Part] = field(default_factory=dict)
+    pending: list[tuple[str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     effects: dict[str, tuple[int, float, float]] = field(default_factory=dict)
     broken: dict[str, errors.TrocarError] = field(default_factory=dict)
     _made: dict[str, Held] = field(default_factory=dict)

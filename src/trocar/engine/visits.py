@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from trocar import errors
-from trocar.engine.edits import Write, apply, record
+from trocar.engine.edits import Write, apply, norms
 from trocar.engine.layout import Member, selected
 from trocar.engine.protocol import I64
 from trocar.engine.runs import SiteNode
@@ -231,10 +231,8 @@ class PatternVisit:
 
     def _count(self, node: ops.EditKnockout, queries: I64, before: torch.Tensor, after: torch.Tensor) -> None:
         fresh = torch.from_numpy(queries >= self._member.fresh)
-        sums = [
-            float(x.transpose(0, 1).flatten(1).norm(dim=-1)[fresh].double().sum()) for x in (before, after)
-        ]
-        record(self._step, node.id, int(fresh.sum()), sums[0], sums[1])
+        sizes = [norms(x.transpose(0, 1).flatten(1))[fresh] for x in (before, after)]
+        self._step.pending.append((node.id, sizes[0], sizes[1]))
 
 
 def nothing_left(node: ops.EditKnockout) -> errors.TrocarError:

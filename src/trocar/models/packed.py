@@ -9,6 +9,7 @@ the two kinds of linear layers that the library has; what cannot be packed stays
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -16,6 +17,53 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 _ROWS_HINT: Final = 16
+TOGETHER: Final = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of layers that read one input, where they stand in one module."""
+
+
+class Panel:
+    """One packed matrix for layers that read the same rows; the product is made for the first that asks.
+
+    A layer that asks with the very tensor of the last call takes its columns of the product that is there; with
+    another one, or a second time, the product is made anew. Nobody may write into the tensor between the first and
+    the last layer: the models call them in one expression. Layers in other threads do not disturb each other, they
+    only compute more.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear | Conv1D]) -> None:
+        parts = [_dense(layer) for layer in layers]
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat(parts), _ROWS_HINT)
+        given = [layer.bias for layer in layers]
+        made = [torch.zeros(len(p)) if b is None else b for p, b in zip(parts, given, strict=True)]
+        self._bias = None if all(b is None for b in given) else torch.cat(made)
+        self._count = len(layers)
+        self._last: tuple[torch.Tensor, torch.Tensor, set[int]] | None = None
+
+    def columns(self, x: torch.Tensor, part: int, here: slice) -> torch.Tensor:
+        """`[..., in]` to `[..., out]` of one layer: a view of the product."""
+        if self._count == 1:
+            return self._product(x)
+        last = self._last
+        if last is None or last[0] is not x or part in last[2]:
+            last = self._last = (x, self._product(x), set())
+        last[2].add(part)
+        if len(last[2]) == self._count:
+            self._last = None
+        return last[1][..., here]
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return out
+
+    def dense(self, here: slice) -> torch.Tensor:
+        """The matrix `[out, in]` of one layer, unpacked."""
+        whole: torch.Tensor = self._packed.to_dense()
+        return whole if self._count == 1 else whole[here].clone()
+
+
+def _dense(layer: nn.Linear | Conv1D) -> torch.Tensor:
+    dense = layer.weight.detach()
+    return dense.T.contiguous() if isinstance(layer, Conv1D) else dense.contiguous()
 
 
 class PackedLinear(nn.Module):
@@ -26,35 +74,39 @@ class PackedLinear(nn.Module):
     Args:
         layer: the layer to stand in for.
         tied: the parameter that the layer shares with the embedding, whose dense form stays in memory anyway.
+        place: the panel that holds its matrix, which of the panel's layers it is, and its first column of the
+            product; a panel of its own by default.
     """
 
-    def __init__(self, layer: nn.Linear | Conv1D, tied: nn.Parameter | None = None) -> None:
+    def __init__(
+        self,
+        layer: nn.Linear | Conv1D,
+        tied: nn.Parameter | None = None,
+        place: tuple[Panel, int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.transposed = isinstance(layer, Conv1D)
-        dense = layer.weight.detach()
-        dense = dense.T.contiguous() if self.transposed else dense.contiguous()
-        self.out_features, self.in_features = (int(n) for n in dense.shape)
+        size = [int(n) for n in layer.weight.shape]
+        self.out_features, self.in_features = reversed(size) if self.transposed else size
         self.bias = layer.bias
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(dense, _ROWS_HINT)
+        panel, part, start = place or (Panel([layer]), 0, 0)
+        self._place = (panel, part, slice(start, start + self.out_features))
         # in a tuple, because a module would list a bare parameter as its own
         self._tied = (tied,)
 
     @property
     def weight(self) -> torch.Tensor:
         """The dense matrix `[out, in]`: the embedding's own where it is tied, else unpacked for this call."""
-        (tied,) = self._tied
-        if tied is not None:
-            return tied
-        dense: torch.Tensor = self._packed.to_dense()
-        return dense
+        (tied,), (panel, _, here) = self._tied, self._place
+        return panel.dense(here) if tied is None else tied
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]`."""
         assert not (x.requires_grad and torch.is_grad_enabled()), (
             "packed weights have no gradient: pack=False"
         )
-        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-        return out
+        panel, part, here = self._place
+        return panel.columns(x, part, here)
 
     def plain(self) -> nn.Linear | Conv1D:
         """The layer that this one stands in for."""
@@ -98,9 +150,29 @@ def pack(model: Any) -> int:
     if not can_pack(model):
         return 0
     shared = model.get_input_embeddings().weight
-    found = [(path, layer) for path, layer in model.named_modules() if type(layer) in (nn.Linear, Conv1D)]
-    for path, layer in found:
-        parent, _, name = path.rpartition(".")
-        tied = shared if layer.weight is shared else None
-        setattr(model.get_submodule(parent), name, PackedLinear(layer, tied))
-    return len(found)
+    count = 0
+    for parent in list(model.modules()):
+        here = {name: x for name, x in parent.named_children() if type(x) in (nn.Linear, Conv1D)}
+        for names in _panels(here):
+            count += len(names)
+            _pack_together(parent, {name: here[name] for name in names}, shared)
+    return count
+
+
+def _panels(layers: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The names of a module's linear layers, those together that share a panel."""
+    joint = [
+        names
+        for names in TOGETHER
+        if all(n in layers for n in names) and len({layers[n].in_features for n in names}) == 1
+    ]
+    taken = {name for names in joint for name in names}
+    return [*joint, *((name,) for name in layers if name not in taken)]
+
+
+def _pack_together(parent: nn.Module, layers: dict[str, Any], shared: nn.Parameter) -> None:
+    panel, start = Panel(list(layers.values())), 0
+    for part, (name, layer) in enumerate(layers.items()):
+        made = PackedLinear(layer, shared if layer.weight is shared else None, (panel, part, start))
+        setattr(parent, name, made)
+        start += made.out_features

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from trocar.models.load import load
-from trocar.models.packed import PackedLinear, can_pack, pack
+from trocar.models.packed import PackedLinear, Panel, can_pack, pack
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2")
 SHAPES = [(48, 32), (576, 576), (192, 576), (576, 1536), (300, 32), (1024, 640)]
@@ -57,6 +57,47 @@ def test_packed_is_dense_within_rounding(out: int, into: int, bias: bool) -> Non
     assert torch.equal(packed.weight, dense.weight)
 
 
+def panel(*sizes: int, into: int, biased: tuple[bool, ...]) -> tuple[list[nn.Linear], list[PackedLinear]]:
+    plain = [layer(n, into, bias=b, seed=i) for i, (n, b) in enumerate(zip(sizes, biased, strict=True))]
+    shared, starts = Panel(plain), [sum(sizes[:i]) for i in range(len(sizes))]
+    return plain, [PackedLinear(p, None, (shared, i, starts[i])) for i, p in enumerate(plain)]
+
+
+@pytest.mark.parametrize("biased", [(False, False, False), (True, True, True), (True, False, True)])
+def test_layers_that_share_a_panel_give_what_each_gives_alone(biased: tuple[bool, ...]) -> None:
+    plain, packed = panel(576, 192, 192, into=576, biased=biased)
+    x = rows(300, 576)
+    with torch.inference_mode():
+        whole = [p(x) for p in packed]
+        for dense, made, out in zip(plain, packed, whole, strict=True):
+            assert relative(out, dense(x)) < 1e-5
+            assert torch.equal(made.weight, dense.weight)
+        for n in (1, 2, 5, 16, 33, 299):
+            few = x[:n].clone()
+            assert all(torch.equal(p(few), out[:n]) for p, out in zip(packed, whole, strict=True)), n
+
+
+def test_a_panel_computes_once_for_one_input_and_anew_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, (gate, up) = panel(64, 64, into=32, biased=(False, False))
+    made, product = [], Panel._product
+    monkeypatch.setattr(Panel, "_product", lambda self, x: (made.append(len(x)), product(self, x))[1])
+    x, y = rows(4, 32), rows(5, 32)
+    gate(x), up(x)
+    assert made == [4]
+    gate(x), gate(x)  # the same layer again: somebody may have written into x
+    assert made == [4, 4, 4]
+    assert torch.equal(up(y), up(y.clone()))
+    up(x)
+    assert made == [4, 4, 4, 5, 5, 4]
+    gate(x)
+    assert made == [4, 4, 4, 5, 5, 4]
+    x.add_(1)
+    before = gate(y)
+    assert not torch.equal(gate(x)[:4], before[:4])
+    gate(x), up(x)
+    assert gate._place[0]._last is None  # nothing is held once all have asked
+
+
 def test_strides_and_empty_batches_are_understood() -> None:
     dense, x = layer(48, 32), rows(12, 32)
     packed = PackedLinear(dense)
@@ -90,6 +131,11 @@ def test_a_packed_model_computes_what_it_did(
     model = make_model(family)
     plain = copy.deepcopy(model)
     swapped = pack(model)
+    attention = model.get_submodule(
+        "transformer.h.0.attn" if family == "gpt2" else "model.layers.0.self_attn"
+    )
+    places = {m._place[0] for m in attention.children() if isinstance(m, PackedLinear)}
+    assert len(places) == 2  # queries, keys and values together, and the output
     assert swapped == sum(isinstance(m, PackedLinear) for m in model.modules()) > 0
     assert not any(isinstance(m, nn.Linear | Conv1D) for m in model.modules())
     with torch.no_grad():

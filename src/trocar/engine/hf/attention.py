@@ -58,13 +58,19 @@ class Segment:
 
 @dataclass(slots=True)
 class Decode:
-    """All single-row segments in one pool: the pool's dense slots are read as one view."""
+    """All single-row segments in one pool: the pool's dense slots are read as one view.
+
+    Attributes:
+        whole: every slot of the pool has a row.
+        straight: moreover the rows are the first ones of the step, in the order of the slots.
+    """
 
     pool: Pool
     rows: torch.Tensor
     slots: torch.Tensor
     positions: torch.Tensor
     whole: bool
+    straight: bool
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> torch.Tensor:
@@ -104,13 +110,14 @@ class Rows:
 
 def _decode(pool: Pool, single: Sequence[Segment]) -> Decode:
     here = sorted((s for s in single if s.slot.pool is pool), key=lambda s: s.slot.index)
-    slots = torch.tensor([s.slot.index for s in here])
+    rows, whole = [s.start for s in here], len(here) == len(pool.slots)
     return Decode(
         pool,
-        torch.tensor([s.start for s in here]),
-        slots,
+        torch.tensor(rows),
+        torch.tensor([s.slot.index for s in here]),
         torch.tensor([s.first for s in here]),
-        len(here) == len(pool.slots),
+        whole,
+        whole and rows == list(range(len(rows))),
     )
 
 
@@ -195,9 +202,10 @@ def _attend_decode(
 ) -> None:
     count, pool = len(decode.pool.slots), decode.pool
     k_SKCD, v_SKCD = pool.k[layer], pool.v[layer]
-    k_SKCD[decode.slots, :, decode.positions] = k_NKD[decode.rows]
-    v_SKCD[decode.slots, :, decode.positions] = v_NKD[decode.rows]
-    q_SKGD = q_NKGD[decode.rows]
+    rows = slice(0, count) if decode.straight else decode.rows  # a view where it can be
+    k_SKCD[decode.slots, :, decode.positions] = k_NKD[rows]
+    v_SKCD[decode.slots, :, decode.positions] = v_NKD[rows]
+    q_SKGD = q_NKGD[rows]
     if not decode.whole:
         q_SKGD = q_NKGD.new_zeros(count, *q_NKGD.shape[1:]).index_copy_(0, decode.slots, q_SKGD)
     mask = decode.mask(window)
@@ -205,7 +213,7 @@ def _attend_decode(
     out_SKGD = scaled_dot_product_attention(
         q_SKGD, k_SKCD[:count, :, :length], v_SKCD[:count, :, :length], attn_mask=mask, scale=scale
     )
-    out_NKGD[decode.rows] = out_SKGD if decode.whole else out_SKGD[decode.slots]
+    out_NKGD[rows] = out_SKGD if decode.whole else out_SKGD[decode.slots]
 
 
 def _write(segment: Segment, layer: int, k_NKD: torch.Tensor, v_NKD: torch.Tensor) -> None:

@@ -13,8 +13,8 @@ class Sampler:
     """Greedy at temperature 0, else temperature and nucleus sampling (Holtzman et al. 2020)."""
 
     def __init__(self, generation: Generation, prompt: int) -> None:
-        self._greedy = generation.temperature == 0
-        if self._greedy:
+        self.greedy = generation.temperature == 0
+        if self.greedy:
             return
         self._temperature = generation.temperature
         self._top_p = TopPLogitsWarper(generation.top_p)
@@ -23,7 +23,7 @@ class Sampler:
 
     def choose(self, logits_V: torch.Tensor) -> int:
         """The next token id, given float32 logits [V] whose largest is finite."""
-        if self._greedy:
+        if self.greedy:
             return int(logits_V.argmax())
         # below zero and in double precision, so that no temperature however small overflows to NaN
         scores_1V = (logits_V - logits_V.amax()).double().unsqueeze(0) / self._temperature

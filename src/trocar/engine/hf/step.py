@@ -8,9 +8,11 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 
 from trocar import errors
+from trocar.engine.edits import settle
 from trocar.engine.hf.attention import Rows, Segment
 from trocar.engine.hf.schedule import Chunk
 from trocar.engine.hf.sequences import Live, Sequence
@@ -126,7 +128,8 @@ class Pass:
     # ---- after ----
 
     def _settle(self) -> None:
-        """Prompts that were seen to their end: their prompt-wide values are kept, if tokens follow."""
+        """Receipts; and of prompts that were seen to their end, prompt-wide values are kept, if tokens follow."""
+        settle([s for _, s, _ in self.steps])
         for live, step, entries in self.steps:
             follow(step, self._stage_of)
             seen = all(e.chunk.sequence.fed + e.chunk.count >= e.chunk.sequence.length for e in entries)
@@ -141,10 +144,11 @@ class Pass:
                 asks.guard = _guard(live)
                 _guarded(live, partial(live.collector.step, step, asks, last))
         asks.guard = lambda then: then
-        for entry in self.entries:
-            if _samples(entry.chunk):
-                row = entry.starts[last] + entry.chunk.count - 1
-                asks.final(torch.tensor([row]), _sampling(entry.chunk.sequence, self.body.eos))
+        goes_on = [e for e in self.entries if _samples(e.chunk)]
+        last_rows = sorted((e.starts[last] + e.chunk.count - 1, n) for n, e in enumerate(goes_on))
+        if goes_on:
+            sequences = [goes_on[n].chunk.sequence for _, n in last_rows]
+            asks.final(torch.tensor([row for row, _ in last_rows]), _sampling(sequences, self.body.eos))
         asks.serve()
 
     def _part(self) -> None:
@@ -184,12 +188,21 @@ def _samples(chunk: Chunk) -> bool:
     return bool(sequence.most and not sequence.ended and at_end and sequence.live.run.failed is None)
 
 
-def _sampling(sequence: Sequence, eos: frozenset[int]) -> Then:
-    def then(_rows: slice, logits_1V: torch.Tensor) -> None:
-        if not bool(logits_1V.amax().isfinite()):  # NaN is the largest of its row
-            sequence.live.run.fail(errors.refuse("result_not_finite", "", "the next-token logits overflowed"))
-            return
-        sequence.accept(sequence.sampler.choose(logits_1V[0]), eos)
+def _sampling(sequences: Seq[Sequence], eos: frozenset[int]) -> Then:
+    """Chooses the next token of every sequence, one row each."""
+
+    def then(rows: slice, logits_NV: torch.Tensor) -> None:
+        values_NV = logits_NV.numpy()
+        best_N = values_NV.argmax(-1)  # ten times as fast as torch's; a NaN counts as the largest
+        sound_N = np.isfinite(np.take_along_axis(values_NV, best_N[:, None], -1)[:, 0])
+        picks = zip(sequences[rows], best_N.tolist(), sound_N.tolist(), strict=True)
+        for number, (sequence, best, sound) in enumerate(picks):
+            if not sound:
+                overflowed = errors.refuse("result_not_finite", "", "the next-token logits overflowed")
+                sequence.live.run.fail(overflowed)
+                continue
+            greedy = sequence.sampler.greedy
+            sequence.accept(best if greedy else sequence.sampler.choose(logits_NV[number]), eos)
 
     return then
 
