@@ -1,13 +1,15 @@
 """Many users at once, each with a program of their own, against serving them in turn and against no programs.
 
-Every user steers with their own vector at their own layer, at every token. Ours is one engine that gets all
-requests at once. Peers: nnsight 0.8.1, which runs the same requests one after another with the same edits (and must
-give the same tokens), and Hugging Face `generate` on all prompts in one padded batch without any program. Ratios
-are the peer's CPU seconds / ours; `generate` and ours take turns pass by pass, nnsight and ours turn by turn.
+Every user steers with their own vector at their own layer, at every token; prompts are of many lengths, as
+strangers' are. Ours is one engine that gets all requests at once. Peers: nnsight 0.8.1, which runs the same requests
+one after another with the same edits (and must give the same tokens); Hugging Face `generate` on all prompts in one
+padded batch without any program; and, where `TROCAR_BENCH_VLLM` names a Python that has it, vLLM on all prompts
+without any program. Ratios are the peer's CPU seconds / ours; `generate` and ours take turns pass by pass, the others
+and ours turn by turn.
 
-nnsight has its own pins, so it runs in a Python of its own as a child that measures itself:
-`TROCAR_BENCH_NNSIGHT` names that Python. Without it, a virtual environment is made in a temporary directory,
-for this run only. When that fails, the peer is left out and has no ratios.
+nnsight and vLLM have pins of their own, so each runs in its own Python as a child that measures itself.
+`TROCAR_BENCH_NNSIGHT` names the one with nnsight; without it, a virtual environment is made in a temporary
+directory, for this run only. A peer that cannot be had is left out and has no ratios.
 """
 
 from __future__ import annotations
@@ -35,21 +37,21 @@ from trocar.models.pull import locate
 
 MODEL = "smollm2-135m-instruct"
 ROOT = Path(__file__).resolve().parents[1]
-LENGTH, TOKENS, STRENGTH = 20, 32, 40.0
+SHORTEST, SPREAD, TOKENS, STRENGTH = 12, 37, 32, 40.0
 ROUNDS = {1: 3, 4: 3, 16: 3, 64: 1}
 QUICK = {1: 2, 4: 1, 16: 1}
 GOALS = {"nnsight_16": 6.0, "generate_16": 1.25}
 
 
-class Nnsight:
-    """The child process; one line out and one line back per turn."""
+class Child:
+    """A peer's process; one line out and one line back per turn."""
 
-    def __init__(self, python: str, home: Path) -> None:
-        script = ROOT / "bench" / "peers" / "nnsight_peer.py"
+    def __init__(self, python: str, script: str, home: Path) -> None:
+        path = ROOT / "bench" / "peers" / script
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         environment.pop("PYTHONPATH", None)
         self._child = subprocess.Popen(
-            [python, str(script), str(home)],
+            [python, str(path), str(home)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -99,12 +101,16 @@ def python_with_nnsight(folder: str) -> str:
     return python
 
 
-def child(folder: str, home: Path) -> Nnsight | None:
-    try:
-        return Nnsight(python_with_nnsight(folder), home)
-    except (OSError, subprocess.SubprocessError, json.JSONDecodeError) as e:
-        print(f"nnsight is left out: {type(e).__name__}", file=sys.stderr)
-        return None
+def children(folder: str, home: Path) -> dict[str, Child]:
+    """The peers that can be had."""
+    found = {}
+    wanted = {"nnsight": lambda: python_with_nnsight(folder), "vllm": lambda: os.environ["TROCAR_BENCH_VLLM"]}
+    for name, python in wanted.items():
+        try:
+            found[name] = Child(python(), f"{name}_peer.py", home)
+        except (KeyError, OSError, subprocess.SubprocessError, json.JSONDecodeError) as e:
+            print(f"{name} is left out: {type(e).__name__}", file=sys.stderr)
+    return found
 
 
 def everyone(loaded: Loaded, count: int) -> list[room.Ask]:
@@ -117,8 +123,15 @@ def everyone(loaded: Loaded, count: int) -> list[room.Ask]:
             TOKENS,
             {"v": room.vector(width, i)},
         )
-        for i, p in enumerate(room.prompts(count, LENGTH))
+        for i, p in enumerate(prompts(count))
     ]
+
+
+def prompts(count: int) -> list[list[int]]:
+    """Of 12 to 48 tokens, half long and half short on the way."""
+    longest = SHORTEST + SPREAD - 1
+    whole = room.prompts(count, longest + 3)
+    return [p[: SHORTEST + (18 + 11 * i) % SPREAD] for i, p in enumerate(whole)]
 
 
 def padded(users: list[room.Ask]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,19 +197,19 @@ def main() -> None:
     engine, plain = Served(0, baton, load(MODEL)), Plain(baton, home)
     out: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        peer = child(folder, home)
+        peers = children(folder, home)
         warm = everyone(engine.loaded, 2)
         for verb in (engine.serve(warm), plain.serve(warm)):
             verb()
-        if peer:
+        for peer in peers.values():
             print(f"peer: {peer.versions}")
             peer.serve(warm)
         for count, rounds in plan.items():
-            measure(out, everyone(engine.loaded, count), rounds, engine, plain, peer)
-        if peer:
+            measure(out, everyone(engine.loaded, count), rounds, engine, plain, peers)
+        for peer in peers.values():
             peer.close()
     engine.runner.close()
-    finish("tenants", out, GOALS if peer else {"generate_16": GOALS["generate_16"]})
+    finish("tenants", out, {k: v for k, v in GOALS.items() if k in out})
 
 
 def measure(
@@ -205,11 +218,11 @@ def measure(
     rounds: int,
     engine: Served,
     plain: Plain,
-    peer: Nnsight | None,
+    peers: dict[str, Child],
 ) -> None:
-    """One number of users: `generate` pass by pass in turns with ours, then nnsight in turn with ours alone."""
+    """One number of users: `generate` pass by pass in turns with ours, then the others in turn with ours alone."""
     count = len(users)
-    seconds: dict[str, list[float]] = {"ours": [], "generate": [], "nnsight": []}
+    seconds: dict[str, list[float]] = {"ours": [], "generate": [], **{name: [] for name in peers}}
     tokens: dict[str, list[list[int]]] = {}
     for _ in range(rounds):
         mine, theirs = race((engine.side, engine.serve(users)), (plain.side, plain.serve(users)))
@@ -218,10 +231,10 @@ def measure(
         alone = engine.side.measure(engine.serve(users))
         seconds["ours"].append(alone.seconds)
         tokens |= {"ours": texts(engine.results), "generate": plain.tokens}
-        if peer:
-            spent, tokens["nnsight"] = peer.serve(users)
-            out.setdefault(f"nnsight_{count}", []).append(spent / alone.seconds)
-            seconds["nnsight"].append(spent)
+        for name, peer in peers.items():
+            spent, tokens[name] = peer.serve(users)
+            out.setdefault(f"{name}_{count}", []).append(spent / alone.seconds)
+            seconds[name].append(spent)
     speeds = [f"{n} {count * TOKENS / statistics.median(s):.1f}" for n, s in seconds.items() if s]
     print(f"{count:>3} users, tokens per CPU second: {', '.join(speeds)}{agree(tokens)}", flush=True)
 

@@ -87,6 +87,8 @@ class Layout:
         return self._picked[key]
 
     def _pick(self, selection: Selection, stage: int) -> Picked:
+        if len(self.members) == 1:
+            return _picked_of(selection, self.members[0], stage)
         found = [selected(selection, m) for m in self.members]
         index = [p - m.first + m.starts[stage] for p, m in zip(found, self.members, strict=True)]
         ranks = [_ranks(selection.rows[m.prompt].prompt, p) for p, m in zip(found, self.members, strict=True)]
@@ -114,6 +116,14 @@ class Layout:
             return None
         floor = np.asarray([m.fresh for m in self.members])[picked.slots.numpy()]
         return np.flatnonzero(picked.positions >= floor)
+
+
+def _picked_of(selection: Selection, member: Member, stage: int) -> Picked:
+    """The same for one member alone, which is every step of a request with one prompt."""
+    rows = selected(selection, member)
+    index = torch.from_numpy(rows + (member.starts[stage] - member.first))
+    ranks = _ranks(selection.rows[member.prompt].prompt, rows)
+    return Picked(index, torch.zeros(len(rows), dtype=torch.int64), rows, ranks)
 
 
 def selected(selection: Selection, member: Member) -> I64:

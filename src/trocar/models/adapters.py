@@ -56,6 +56,7 @@ class SiteAdapter:
     model: Any
     family: Family
     unavailable: Mapping[str, str] = field(default_factory=dict)
+    _taps: dict[Site, Tap] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, model: Any) -> SiteAdapter:
@@ -108,6 +109,11 @@ class SiteAdapter:
         Raises:
             ProgramError: `site_unavailable` with the reason, or `layer_out_of_range`.
         """
+        if site not in self._taps:  # every step asks again
+            self._taps[site] = self._tap(site, path)
+        return self._taps[site]
+
+    def _tap(self, site: Site, path: str) -> Tap:
         if site.name in self.unavailable:
             reason = f"{str(site)!r} is not served: {self.unavailable[site.name]}"
             raise errors.refuse("site_unavailable", path, reason)

@@ -184,7 +184,9 @@ class HFEngine:
     def _retire(self) -> list[Live]:
         """Takes finished prompts and requests out; gives the requests that are over."""
         scheduler = self._scheduler
-        for sequence in [s for s in scheduler.running if s.finished and s.live.run.failed is None]:
+        finished = [s for s in scheduler.running if s.finished and s.live.run.failed is None]
+        # from the last place of a pool to the first: what leaves together then leaves no holes to close
+        for sequence in sorted(finished, key=lambda s: -1 if s.slot is None else s.slot.index, reverse=True):
             scheduler.retire(sequence)
             sequence.live.collector.generated(sequence.prompt, *sequence.text(self._body.eos))
             sequence.live.done += 1
