@@ -20,6 +20,7 @@ from trocar.graph.cost import Prices
 from trocar.graph.program import Generation, Program
 from trocar.graph.scope import Scope
 from trocar.models.load import Loaded
+from trocar.service.compose import spare_collector
 
 PRICES = Prices(32, 256)
 Nodes = list[dict[str, object]]
@@ -65,8 +66,11 @@ class Ask:
 
 
 def engine(loaded: Loaded, **limits: Any) -> HFEngine:
-    """An engine that waits long enough for all requests of a turn, and computes every prompt anew."""
-    return HFEngine(loaded, Limits(gather_s=0.2, prefix_cache=False, **limits))
+    """An engine that waits long enough for all requests of a turn, and computes every prompt anew; its process is
+    set up as a server's is."""
+    made = HFEngine(loaded, Limits(gather_s=0.2, prefix_cache=False, **limits))
+    spare_collector()
+    return made
 
 
 def together(runner: HFEngine, tasks: Sequence[Task]) -> list[TaskResult]:

@@ -21,7 +21,7 @@ from anyio import to_thread
 
 from trocar.api.app import create_app
 from trocar.cli.address import Address
-from trocar.service.compose import Assembly
+from trocar.service.compose import Assembly, spare_collector
 
 GRACE_S: Final = 4.5
 DRAIN_S: Final = 2
@@ -55,6 +55,7 @@ class HttpServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        spare_collector()
         # a request that waits for its job keeps a thread; with the default of 40, 40 of them stop everybody
         to_thread.current_default_thread_limiter().total_tokens = CONNECTIONS
         self._on_ready()

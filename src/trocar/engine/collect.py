@@ -8,7 +8,7 @@ Shape letters: N rows, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -39,6 +39,7 @@ from trocar.graph import ops
 FLUSH_BYTES: Final = 4 << 20
 FLUSH_STEPS: Final = 32
 Rows = Callable[[str], torch.Tensor]
+"""Gives the rows [n, D] of a value."""
 Part = tuple[RowTags, tuple[Any, ...]]
 
 
@@ -55,7 +56,7 @@ class Collector:
         self._rows = {n.id: np.zeros(prompts, dtype=np.int64) for n in outputs}
         self._sums = {n.id: np.zeros(prompts) for n in outputs if isinstance(n, ops.Metric)}
         self._texts: dict[int, tuple[tuple[int, ...], bool]] = {}
-        self._captured: dict[str, list[tuple[Rows, RowTags]]] = {n.id: [] for n in outputs}
+        self._captured: dict[str, list[tuple[Rows | torch.Tensor, RowTags]]] = {n.id: [] for n in outputs}
         self._waiting_bytes = 0
 
     def step(self, step: Step, asks: Asks, stage: int) -> None:
@@ -205,8 +206,9 @@ class Collector:
         if found is None:
             return
         tags, index = found
+        together = step.bundle(node.of) if node.reduce == "none" and index is None else None
         take = partial(_kept_rows if node.reduce == "none" else _mean_rows, step, index)
-        self._captured[node.id].append((take, tags))
+        self._captured[node.id].append((take if together is None else together, tags))
         width = sum(self._task.checked.values[ref].width for ref in node.of)
         self._waiting_bytes += len(tags.prompts) * width * 4
         np.add.at(self._rows[node.id], tags.prompts, 1)
@@ -236,9 +238,9 @@ class Collector:
             node, values = self._run.nodes[name], self._task.checked.values
             assert isinstance(node, ops.Capture)
             tags = _joined([t for _, t in waiting])
+            whole = _together(node.of, [take for take, _ in waiting])
             vectors: dict[str, F32] = {
-                str(values[ref].sites[0]): torch.cat([take(ref) for take, _ in waiting]).numpy()
-                for ref in node.of
+                str(values[ref].sites[0]): rows.numpy() for ref, rows in zip(node.of, whole, strict=True)
             }
             waiting.clear()
             self._task.sinks[name].append(vectors, tags)
@@ -306,6 +308,17 @@ TAKE: Final[dict[type[ops.Node], Callable[..., None]]] = {
     ops.Pattern: Collector._pattern,
     ops.Capture: Collector._capture,
 }
+
+
+def _together(names: tuple[str, ...], waiting: list[Rows | torch.Tensor]) -> Iterable[torch.Tensor]:
+    """The rows of each name over all steps; at once, where every step has them side by side."""
+    bundles = [x for x in waiting if isinstance(x, torch.Tensor)]
+    if len(bundles) == len(waiting):
+        return torch.cat(bundles, dim=1)
+    return [
+        torch.cat([x[i] if isinstance(x, torch.Tensor) else x(name) for x in waiting])
+        for i, name in enumerate(names)
+    ]
 
 
 def _kept_rows(step: Step, index: I64 | None, name: str) -> torch.Tensor:

@@ -67,16 +67,16 @@ def apply(writes: Sequence[Write], live_ND: torch.Tensor) -> None:
 
 def _apply_one(write: Write, live_ND: torch.Tensor) -> None:
     """The same for one plain edit alone at its site, the usual case, without what only many need."""
-    before_nD = live_ND.index_select(0, write.picked.index)
+    before_nD = live_ND[write.picked.where]
     keep, c = LINEAR[type(write.node)](write, before_nD)
     after_nD = before_nD + c if keep == 1.0 else before_nD * keep + c
-    after_n = norms(after_nD)
+    before_n, after_n = norms(before_nD), norms(after_nD)
     # no number is larger than the norm of its row, which is needed anyway; false for NaN too
-    if not bool(after_n.amax() <= MAX_ABS_WRITE) and not bool(after_nD.abs().amax() <= MAX_ABS_WRITE):
+    if not float(after_n.amax()) <= MAX_ABS_WRITE and not float(after_nD.abs().amax()) <= MAX_ABS_WRITE:
         write.step.fail(write.node.id, not_finite(write.node, write.step))
         return
-    live_ND.index_copy_(0, write.picked.index, after_nD)
-    write.step.pending.append((write.node.id, norms(before_nD), after_n))
+    live_ND[write.picked.where] = after_nD
+    write.step.pending.append((write.node.id, before_n, after_n))
 
 
 def _edited(writes: Sequence[Write], before_ND: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,7 @@ class Picked:
 
     Attributes:
         index: flat rows in the stage's tensor, int64 [N].
+        where: the same for indexing, as a slice when the rows are known to be consecutive.
         slots: owner of each row, int64 [N].
         positions: absolute position of each row.
         ranks: which of its prompt's selected rows each row is, counted from the first one of the prompt.
@@ -62,6 +63,11 @@ class Picked:
     slots: torch.Tensor
     positions: I64
     ranks: I64
+    span: slice | None = None
+
+    @property
+    def where(self) -> slice | torch.Tensor:
+        return self.index if self.span is None else self.span
 
     @property
     def rows(self) -> int:
@@ -121,9 +127,11 @@ class Layout:
 def _picked_of(selection: Selection, member: Member, stage: int) -> Picked:
     """The same for one member alone, which is every step of a request with one prompt."""
     rows = selected(selection, member)
-    index = torch.from_numpy(rows + (member.starts[stage] - member.first))
+    index = rows + (member.starts[stage] - member.first)
     ranks = _ranks(selection.rows[member.prompt].prompt, rows)
-    return Picked(index, torch.zeros(len(rows), dtype=torch.int64), rows, ranks)
+    first, n = (int(index[0]), len(rows)) if len(rows) else (0, 0)
+    span = slice(first, first + n) if n and index[-1] - first == n - 1 else None
+    return Picked(torch.from_numpy(index), torch.zeros(n, dtype=torch.int64), rows, ranks, span)
 
 
 def selected(selection: Selection, member: Member) -> I64:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ class Held:
     full: bool = False
 
 
-@dataclass(slots=True)  # not frozen: made by the thousand in every step
+@dataclass(frozen=True, slots=True)
 class Part:
     """A read: rows `start .. stop` of what was gathered for all tasks at once."""
 
@@ -56,6 +56,14 @@ class Part:
         return Held(self.rows.clone(), self.slots)
 
 
+class Reads(Protocol):
+    """What the sites have given to one task so far in this pass."""
+
+    def get(self, name: str) -> Part | None: ...
+
+    def bundle(self, names: tuple[str, ...]) -> torch.Tensor | None: ...
+
+
 @dataclass(slots=True, eq=False)
 class Step:
     """One task's members in one forward pass.
@@ -64,6 +72,8 @@ class Step:
         settled: every member's prompt has been seen, so prompt-wide values are kept ones.
         leader: the sweep variant whose rows this one shares below the layer where they part.
         parted: first stage with rows of its own.
+        reads: rows at sites, once the pass has begun.
+        patterns: rows at `attn_probs`.
         pending: edits that were carried out, with the norms of their rows before and after, for `effects`.
         effects: rows and sums of norms by edit.
         broken: edits that failed in this step, and why: variants that share them fail with them.
@@ -74,7 +84,8 @@ class Step:
     settled: bool
     leader: Step | None = None
     parted: int = 0
-    read: dict[str, Part] = field(default_factory=dict)
+    reads: Reads | None = None
+    patterns: dict[str, Part] = field(default_factory=dict)
     pending: list[tuple[str, torch.Tensor, torch.Tensor]] = field(default_factory=list)
     effects: dict[str, tuple[int, float, float]] = field(default_factory=dict)
     broken: dict[str, errors.TrocarError] = field(default_factory=dict)
@@ -106,9 +117,14 @@ class Step:
 
     def _found(self, name: str) -> Part | None:
         """What was read under this name; before they part, a sweep's leader reads for its variants."""
-        if name not in self.read and self.leader is not None:
-            return self.leader.read.get(name)
-        return self.read.get(name)
+        found = self.patterns.get(name)
+        if found is None and self.reads is not None:
+            found = self.reads.get(name)
+        return self.leader._found(name) if found is None and self.leader is not None else found
+
+    def bundle(self, names: tuple[str, ...]) -> torch.Tensor | None:
+        """The rows of several reads that lie side by side, [L, n, D], to be copied on."""
+        return None if self.reads is None else self.reads.bundle(names)
 
     def _make(self, name: str) -> Held:
         node, run = self.run.nodes[name], self.run

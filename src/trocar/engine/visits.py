@@ -46,15 +46,59 @@ class Wave:
     edits: tuple[tuple[int, ops.EditNode], ...]
 
 
-Table = Mapping[Site, tuple[Wave, ...]]
+WaveAt = tuple[Site, int]
+Bundle = tuple[tuple[WaveAt, ...], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a task's read is found: a wave at a site, the read's number in it, and its columns."""
+
+    wave: WaveAt
+    number: int
+    columns: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What happens at which site, and where each task finds what it reads; tasks stand here by their number.
+
+    Attributes:
+        bundles: by task and names, the waves and the one number in all of them; None when the names do not lie
+            side by side.
+        homes: the bundle that a wave belongs to, and its number there, once somebody has asked for the bundle; of
+            bundles that share a wave the first.
+    """
+
+    table: Mapping[Site, tuple[Wave, ...]]
+    places: tuple[Mapping[str, Place], ...]
+    bundles: dict[tuple[int, tuple[str, ...]], Bundle | None] = field(default_factory=dict)
+    homes: dict[WaveAt, tuple[tuple[WaveAt, ...], int]] = field(default_factory=dict)
+
+    def bundle(self, task: int, names: tuple[str, ...]) -> Bundle | None:
+        key = (task, names)
+        if key not in self.bundles:
+            found = self.bundles[key] = self._bundle(task, names)
+            if found is not None and not any(wave in self.homes for wave in found[0]):
+                self.homes.update({wave: (found[0], i) for i, wave in enumerate(found[0])})
+        return self.bundles[key]
+
+    def _bundle(self, task: int, names: tuple[str, ...]) -> Bundle | None:
+        """Reads of whole rows, of one selector, at sites of one width, whose waves hold the same rows."""
+        found = [self.places[task][n] for n in names if n in self.places[task]]
+        groups = {self.table[p.wave[0]][p.wave[1]].group for p in found}
+        alike = len(groups) == len({(p.number, p.wave[0].spec.width) for p in found}) == 1
+        if len(found) < len(names) or not alike or any(p.columns is not None for p in found):
+            return None
+        return tuple(p.wave for p in found), found[0].number
 
 
 class Plans:
-    """What happens at which site, remembered while the same tasks feed the same kinds of rows, step after step."""
+    """Plans, remembered while the same tasks feed the same kinds of rows, step after step."""
 
     def __init__(self, most: int = 8) -> None:
         self._most = most
-        self._tables: dict[object, Table] = {}
+        self._plans: dict[object, Plan] = {}
 
     def visitors(
         self, steps: Sequence[Step], cuts: tuple[int, ...], stage_of: Callable[[Site], int]
@@ -66,17 +110,33 @@ class Plans:
         """
         active = tuple(tuple(step.pick(at).rows > 0 for at in step.run.ats) for step in steps)
         parts = tuple((s.run.serial, s.parted if s.leader is not None else -1) for s in steps)
-        table = self._tables.pop((parts, active, cuts), None) or _table(steps, active, stage_of)
-        self._tables[parts, active, cuts] = table  # the latest stands last
-        while len(self._tables) > self._most:
-            del self._tables[next(iter(self._tables))]
-        gather = Gather(steps)
-        return {site: Visitor(steps, waves, stage_of(site), gather) for site, waves in table.items()}
+        plan = self._plans.pop((parts, active, cuts), None) or _plan(steps, active, stage_of)
+        self._plans[parts, active, cuts] = plan  # the latest stands last
+        while len(self._plans) > self._most:
+            del self._plans[next(iter(self._plans))]
+        gather = Gather(steps, plan)
+        for number, step in enumerate(steps):
+            step.reads = Reads(gather, number)
+        return {
+            site: Visitor(steps, site, waves, stage_of(site), gather) for site, waves in plan.table.items()
+        }
+
+
+def _plan(
+    steps: Sequence[Step], active: tuple[tuple[bool, ...], ...], stage_of: Callable[[Site], int]
+) -> Plan:
+    table = _table(steps, active, stage_of)
+    places: list[dict[str, Place]] = [{} for _ in steps]
+    for site, waves in table.items():
+        for number, wave in enumerate(waves):
+            for k, (task, name, columns) in enumerate(wave.reads):
+                places[task][name] = Place((site, number), k, columns)
+    return Plan(table, tuple(places))
 
 
 def _table(
     steps: Sequence[Step], active: tuple[tuple[bool, ...], ...], stage_of: Callable[[Site], int]
-) -> Table:
+) -> Mapping[Site, tuple[Wave, ...]]:
     found: dict[Site, list[list[tuple[int, SiteNode]]]] = {}
     for number, (step, flags) in enumerate(zip(steps, active, strict=True)):
         there = dict(zip(step.run.ats, flags, strict=True))
@@ -108,31 +168,89 @@ def _wave(
     )
 
 
+Owned = list[tuple[int, int, torch.Tensor]]
+
+
 @dataclass(slots=True)
 class Gather:
-    """Reads of many tasks at one site as one copy; the same rows at another site need no second index."""
+    """What all tasks read in this pass: one copy per wave, whoever reads, and nobody's share until it is wanted.
+
+    Attributes:
+        taken: the rows of each wave that was seen, and per read where its own lie among them, with their owners.
+    """
 
     steps: Sequence[Step]
-    _known: dict[tuple[int, int], tuple[torch.Tensor, list[tuple[int, int, torch.Tensor]]]] = field(
-        default_factory=dict
-    )
+    plan: Plan
+    taken: dict[WaveAt, tuple[torch.Tensor, Owned]] = field(default_factory=dict)
+    _known: dict[tuple[int, int], tuple[torch.Tensor, Owned]] = field(default_factory=dict)
+    _stacks: dict[tuple[WaveAt, ...], torch.Tensor] = field(default_factory=dict)
 
-    def places(self, wave: Wave, stage: int) -> tuple[torch.Tensor, list[tuple[int, int, torch.Tensor]]]:
-        """All rows of a wave, and per read where its own lie among them, with their owners."""
+    def take(self, where: WaveAt, wave: Wave, stage: int, live_ND: torch.Tensor) -> None:
+        """Copies the rows of a wave; the same rows at another site need no second index."""
         key = (wave.group, stage)
         if key not in self._known:
             picks = [self.steps[i].pick(at, stage) for i, at in wave.rows]
             ends = list(accumulate(p.rows for p in picks))
             own = [(end - p.rows, end, p.slots) for p, end in zip(picks, ends, strict=True)]
             self._known[key] = torch.cat([p.index for p in picks]), own
-        return self._known[key]
+        index, own = self._known[key]
+        self.taken[where] = self._copied(where, index, live_ND), own
+
+    def _copied(self, where: WaveAt, index: torch.Tensor, live_ND: torch.Tensor) -> torch.Tensor:
+        """The rows, copied to where their bundle will want them."""
+        waves, number = self.plan.homes.get(where, ((), 0))
+        if not waves:
+            return live_ND.index_select(0, index)
+        shape = (len(waves), len(index), live_ND.shape[1])
+        stack = self._stacks.get(waves)
+        if stack is None or stack.shape != shape:
+            stack = self._stacks[waves] = live_ND.new_empty(shape)
+        return torch.index_select(live_ND, 0, index, out=stack[number])
+
+    def stacked(self, waves: tuple[WaveAt, ...]) -> torch.Tensor:
+        """The rows of several waves of one group, [L, N, D], once for all tasks; all of them were taken."""
+        if waves not in self._stacks:
+            self._stacks[waves] = torch.stack([self.taken[w][0] for w in waves])
+        return self._stacks[waves]
+
+
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """One task's view of what was gathered."""
+
+    gather: Gather
+    task: int
+
+    def get(self, name: str) -> Part | None:
+        """The rows of a read; None when its site has not been seen, or not for this task."""
+        place = self.gather.plan.places[self.task].get(name)
+        if place is None or place.wave not in self.gather.taken:
+            return None
+        rows, owned = self.gather.taken[place.wave]
+        start, stop, slots = owned[place.number]
+        return Part(rows, start, stop, slots, place.columns)
+
+    def bundle(self, names: tuple[str, ...]) -> torch.Tensor | None:
+        """The rows of several reads, [L, n, D], to be copied on; None when they do not lie side by side."""
+        found = self.gather.plan.bundle(self.task, names)
+        if found is None or any(w not in self.gather.taken for w in found[0]):
+            return None
+        waves, number = found
+        owned = self.gather.taken[waves[0]][1]
+        if any(self.gather.taken[w][1] is not owned for w in waves):  # read in different stages of the pass
+            return None
+        start, stop, _ = owned[number]
+        return self.gather.stacked(waves)[:, start:stop]
 
 
 class Visitor:
     """Every task's nodes at one site, in one stage's rows."""
 
-    def __init__(self, steps: Sequence[Step], waves: tuple[Wave, ...], stage: int, gather: Gather) -> None:
+    def __init__(
+        self, steps: Sequence[Step], site: Site, waves: tuple[Wave, ...], stage: int, gather: Gather
+    ) -> None:
         self._steps = steps
+        self._site = site
         self._waves = waves
         self._stage = stage
         self._gather = gather
@@ -140,21 +258,15 @@ class Visitor:
     def __call__(self, x_BTD: torch.Tensor) -> torch.Tensor | None:
         """Returns a written copy of the rows [1, N, D], None when nothing was written."""
         live_BTD, written = x_BTD, False
-        for wave in self._waves:
+        for number, wave in enumerate(self._waves):
             if wave.reads:
-                self._read(wave, live_BTD[0])
+                self._gather.take((self._site, number), wave, self._stage, live_BTD[0])
             writes = self._writes(wave)
             if writes and not written:
                 live_BTD, written = x_BTD.clone(), True
             if writes:
                 apply(writes, live_BTD[0])
         return live_BTD if written else None
-
-    def _read(self, wave: Wave, live_ND: torch.Tensor) -> None:
-        index, places = self._gather.places(wave, self._stage)
-        rows_ND, steps = live_ND.index_select(0, index), self._steps
-        for (i, name, columns), (start, stop, slots) in zip(wave.reads, places, strict=True):
-            steps[i].read[name] = Part(rows_ND, start, stop, slots, columns)
 
     def _writes(self, wave: Wave) -> list[Write]:
         pairs = [(self._steps[i], node) for i, node in wave.edits]
@@ -207,10 +319,10 @@ class PatternVisit:
     def _put(self, name: str, rows: torch.Tensor) -> None:
         """Members are visited in order, so rows line up with the layout's."""
         slots = torch.full((len(rows),), self._member.slot)
-        before = self._step.read.get(name)
+        before = self._step.patterns.get(name)
         if before is not None:
             rows, slots = torch.cat([before.rows, rows]), torch.cat([before.slots, slots])
-        self._step.read[name] = Part(rows, 0, len(rows), slots, None)
+        self._step.patterns[name] = Part(rows, 0, len(rows), slots, None)
 
     def _cut(self, node: ops.EditKnockout, queries: I64, probs_KGTL: torch.Tensor) -> None:
         """Zero on the cut edges and the rest scaled up: what a softmax without those scores gives."""
