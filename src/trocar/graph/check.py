@@ -43,6 +43,8 @@ class Checked:
         whole: whether a prompt must be processed in one piece, because a value flows from one row to another.
         depth: how many layers are computed.
         needs_final: whether rows after the final norm are wanted.
+        last_depth: the same two for the last token of a text, whose row is read and nothing sampled from it: one more
+            than all layers when it is wanted after the final norm.
         patterns: whether a node stands at attn_probs.
     """
 
@@ -61,6 +63,7 @@ class Checked:
     whole: bool
     depth: int
     needs_final: bool
+    last_depth: int
     patterns: bool
 
     @property
@@ -224,6 +227,7 @@ def _accept(program: Program, walk: Walk, prices: Prices) -> Checked:
         whole=walk.whole,
         depth=reach.depth,
         needs_final=reach.final,
+        last_depth=reach.last,
         patterns=reach.patterns,
     )
 

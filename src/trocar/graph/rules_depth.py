@@ -26,11 +26,14 @@ class Reach:
     Attributes:
         depth: layers.
         final: whether rows after the final norm are wanted.
+        last: layers for the last token of a text, from which nothing is sampled; one more than there are when its
+            row after the final norm is wanted.
         patterns: whether a node stands at attn_probs.
     """
 
     depth: int
     final: bool
+    last: int
     patterns: bool
 
 
@@ -38,12 +41,15 @@ def reach(program: Program, walk: Walk) -> Reach:
     """What an accepted program needs."""
     n_layers = walk.scope.model.n_layers
     generates = walk.scope.generation.max_new_tokens > 0
-    needs = [layers(node, walk) for node in program.nodes]
-    depth = max(*needs, n_layers if generates else 0, 0)
+    needs = {node.id: layers(node, walk) for node in program.nodes}
+    depth = max(*needs.values(), n_layers if generates else 0, 0)
+    looked = [needs[node.id] for node in program.nodes if not isinstance(node, ops.Text)]
     at = [walk.site(node.site, "").name for node in program.nodes if isinstance(node, AT_SITES)]
+    final = "final_norm" in at or any(isinstance(n, ops.Logprobs | ops.Metric) for n in program.nodes)
     return Reach(
         depth if walk.stop is None else walk.stop + 1,
-        generates or "final_norm" in at or any(isinstance(n, OF_LOGITS) for n in program.nodes),
+        final or generates or any(isinstance(n, ops.Text) for n in program.nodes),
+        n_layers + 1 if final else max(looked, default=0),
         PATTERN in at,
     )
 

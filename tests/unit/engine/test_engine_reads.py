@@ -54,7 +54,9 @@ def test_a_bundle_is_the_reads_of_its_owner(tiny: Any, passes: int) -> None:
     plans = Plans()
     for seed in range(passes):
         made = passed(plans, steps, 100 * seed)
-        for number, (step, names) in enumerate(zip(steps, [("h0", "h1"), ("h1", "h0"), ("h0",)], strict=True)):
+        for number, (step, names) in enumerate(
+            zip(steps, [("h0", "h1"), ("h1", "h0"), ("h0",)], strict=True)
+        ):
             bundle = step.bundle(names)
             assert bundle is not None
             here = slice(3 * number, 3 * number + 3)
@@ -68,7 +70,9 @@ def test_what_does_not_lie_side_by_side_is_no_bundle(tiny: Any) -> None:
     wide = step_of(tiny, 3, read(0), ops.Read(id="n", site="mlp_act.1", at="all"), capture(0))
     plans = Plans()
     for _ in range(2):
-        list(visit(torch.zeros(1, 9, 64)) for visit in plans.visitors([rows, wide], (0,), lambda _: 0).values())
+        list(
+            visit(torch.zeros(1, 9, 64)) for visit in plans.visitors([rows, wide], (0,), lambda _: 0).values()
+        )
         assert rows.bundle(("h0", "h1")) is None
         assert wide.bundle(("h0", "n")) is None
         assert wide.bundle(("h0", "nobody")) is None

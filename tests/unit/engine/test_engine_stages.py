@@ -13,9 +13,9 @@ from trocar.engine.hf.stages import GONE, stages
 LAYERS = 6
 
 
-def sequence(depth: int, final: bool = False) -> Any:
-    checked = SimpleNamespace(depth=depth, needs_final=final)
-    return SimpleNamespace(live=SimpleNamespace(task=SimpleNamespace(checked=checked)))
+def sequence(depth: int, final: bool = False, last: int = 0, ended: bool = False) -> Any:
+    checked = SimpleNamespace(depth=depth, needs_final=final, last_depth=last)
+    return SimpleNamespace(live=SimpleNamespace(task=SimpleNamespace(checked=checked)), ended=ended)
 
 
 def test_one_stage_when_all_want_everything() -> None:
@@ -32,6 +32,13 @@ def test_rows_leave_after_the_last_layer_they_need() -> None:
     assert [s.index.tolist() for s in found[1:]] == [[3, 4, 5], [0, 1]]
     assert [s.origin.tolist() for s in found[1:]] == [[3, 4, 5], [3, 4]]
     assert [e.starts for e in entries] == [[0, GONE, GONE], [3, 0, 0], [5, 2, GONE]]
+
+
+def test_the_last_token_of_a_text_goes_as_far_as_its_row_is_read() -> None:
+    read, whole = sequence(6, True, last=2, ended=True), sequence(6, True, last=7, ended=True)
+    found, entries = stages([Chunk(read, 1), Chunk(whole, 1), Chunk(sequence(6, True, last=2), 1)], LAYERS)
+    assert [(s.layer, len(s.entries)) for s in found] == [(0, 3), (2, 2)]
+    assert [e.starts for e in entries] == [[0, GONE], [1, 0], [2, 1]]
 
 
 def test_a_stage_without_rows_ends_the_pass() -> None:

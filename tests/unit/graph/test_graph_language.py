@@ -180,6 +180,22 @@ def test_a_generation_needs_every_layer() -> None:
     assert (checked.depth, checked.needs_final) == (4, True)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "last"),
+    [
+        ([read(at="all"), LENS], 2),
+        ([read(site="embeddings", at="all"), LENS], 0),
+        ([read(site="final_norm", at="all"), LENS], 5),
+        ([read(at="all"), node("edit.scale", "e", site="resid_post.2", at="all", by=2.0), LENS], 3),
+        ([read(at="all"), LENS, node("text", "t")], 2),
+        ([LOGPROBS, node("text", "t")], 5),
+    ],
+)
+def test_the_last_token_goes_as_far_as_the_program_looks(nodes: list[dict[str, Any]], last: int) -> None:
+    checked = CASE.having(new=2).check(*nodes)
+    assert (checked.depth, checked.needs_final, checked.last_depth) == (4, True, last)
+
+
 def test_a_shallow_program_costs_less() -> None:
     shallow, deep = (CASE.check(read(site=f"resid_post.{i}"), LENS).cost.flops for i in (0, 3))
     head = 2 * 8 * 300 * 2

@@ -291,7 +291,9 @@ class Scheduler:
         slot, sequence.slot = sequence.slot, None
         if slot is None:
             return
-        plain = min(first_row(sequence.live, sequence.prompt, reads=False), sequence.fed)
+        # the last token of a text may have passed some layers only
+        whole = min(sequence.fed, len(sequence.tokens) - int(sequence.ended))
+        plain = min(first_row(sequence.live, sequence.prompt, reads=False), whole)
         every_layer = sequence.live.task.checked.depth == self.kv.shape.layers
         if self.limits.prefix_cache and every_layer:
             self.cache.keep(slot, self._keys(sequence, plain))

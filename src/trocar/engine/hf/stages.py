@@ -68,8 +68,13 @@ def stages(chunks: Seq[Chunk], n_layers: int) -> tuple[list[Stage], list[Entry]]
 
 
 def _depth(chunk: Chunk, n_layers: int) -> int:
-    """One more than the last layer when rows after the last norm are wanted; at least one, for the embeddings."""
+    """One more than the last layer when rows after the last norm are wanted; at least one, for the embeddings.
+
+    The last token of a text is fed for who reads its row, and goes no further than they look.
+    """
     checked = chunk.sequence.live.task.checked
+    if chunk.sequence.ended:
+        return max(1, checked.last_depth)
     return n_layers + 1 if checked.needs_final else max(1, checked.depth)
 
 
