@@ -46,7 +46,7 @@ def asks(loaded: Loaded, tokens: int) -> dict[str, list[room.Ask]]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    rounds, tokens = (1, 16) if parser.parse_args().quick else (2, TOKENS)
+    rounds, tokens = (1, 16) if parser.parse_args().quick else (3, TOKENS)
     torch.set_num_threads(1)
     served = two_copies(
         "smollm2-135m-instruct", [room.Ask("warm", room.TEXT, room.prompts(USERS, LENGTH), 2)]

@@ -67,7 +67,11 @@ def overhead() -> str:
 
 def tenants() -> str:
     bench = result("tenants")
-    peers = {"nnsight": "nnsight, one after another", "generate": "`generate`, one batch, no programs"}
+    peers = {
+        "nnsight": "nnsight, one after another",
+        "generate": "`generate`, one batch, no programs",
+        "vllm": "vLLM, one batch, no programs",
+    }
     rows = [
         (name.partition("_")[2], peers[name.partition("_")[0]], *ratio(bench, name))
         for name in bench["ratios"]

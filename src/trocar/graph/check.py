@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from trocar import errors
 from trocar.graph import cost, ops, rules_depth
@@ -150,7 +150,7 @@ def _check_size(program: Program, scope: Scope) -> None:
 
 def _reads_gen(program: Program, scope: Scope) -> bool:
     """Whether a read or an output looks at generated tokens; selectors are spelled in two ways only."""
-    looked = [n.at for n in program.nodes if isinstance(n, ops.Read | ops.Logprobs)]
+    looked = [n.at for n in program.nodes if n.op in ("read", "logprobs")]
     return scope.generation.max_new_tokens > 0 and any(at == "all" or at.startswith("gen") for at in looked)
 
 
@@ -243,7 +243,10 @@ def _held_bytes(walk: Walk) -> tuple[int, ...]:
 
 def _price(program: Program, walk: Walk, depth: int, prices: Prices) -> Cost:
     bits = {"overhead": prices.overhead_bits}
-    edits = sum(1 for n in program.nodes if n.op in EDITS)
+    alike: dict[str, list[Any]] = {}
+    for node in program.nodes:
+        alike.setdefault(node.op, []).append(node)
+    edits = sum(len(nodes) for op, nodes in alike.items() if op in EDITS)
     if edits:
         bits["receipts"] = edits * cost.edit_bits(walk, prices)
     lengths = cost.lengths_bits(walk)
@@ -253,13 +256,14 @@ def _price(program: Program, walk: Walk, depth: int, prices: Prices) -> Cost:
         price = SPEC[node.op].bits
         if price is not None:
             bits[node.id] = price(node, walk, prices)
-    head_rows = sum(cost.head_rows(n, walk) for n in program.nodes)
-    reads = [walk.values[n.id] for n in program.nodes if isinstance(n, ops.Read)]
+    head_rows = sum(cost.head_rows(n, walk) for op in cost.OF_HEAD for n in alike.get(op, ()))
+    reads = [walk.values[n.id] for n in alike.get("read", ())]
     return Cost(
         tokens=cost.tokens(walk),
         rows_read=sum(cost.rows_of(v, walk) for v in reads),
-        flops=cost.flops(walk, head_rows, depth) + sum(cost.dictionary_flops(n, walk) for n in program.nodes),
-        bytes_stored=sum(cost.stored_bytes(n, walk) for n in program.nodes if isinstance(n, ops.Capture)),
+        flops=cost.flops(walk, head_rows, depth)
+        + sum(cost.dictionary_flops(n, walk) for op in cost.OF_DICTIONARY for n in alike.get(op, ())),
+        bytes_stored=sum(cost.stored_bytes(n, walk) for n in alike.get("capture", ())),
         bits_out=bits,
         total_bits=sum(bits.values()),
         download_bits=sum(cost.rows_of(v, walk) * v.width * 16 for v in reads),

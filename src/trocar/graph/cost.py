@@ -57,6 +57,11 @@ def token_bits(model: ModelFacts) -> int:
     return (model.vocab_size - 1).bit_length()
 
 
+OF_HEAD: Final = ("lens", "metric", "logprobs")
+"""Operations that send rows through the unembedding."""
+OF_DICTIONARY: Final = ("encode", "edit.sae")
+
+
 def rows_of(value: Value, walk: Walk) -> int:
     """Upper bound of the rows of a value."""
     gen = walk.selections[value.at].gen_rows if value.gen and value.at is not None else 0

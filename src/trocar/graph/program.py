@@ -15,7 +15,7 @@ from trocar import strict
 from trocar.graph import ops
 from trocar.strict import Strict
 
-MAX_NODES = 2000
+MAX_NODES = 5000
 MAX_NEW_TOKENS = 1024
 
 Node = Annotated[

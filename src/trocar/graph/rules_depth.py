@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from trocar import errors
 from trocar.graph import ops
 from trocar.graph.program import Program
 from trocar.graph.rules_sites import PATTERN
 from trocar.graph.scope import Walk
+from trocar.sites import Site
 
-OF_LOGITS = (ops.Logprobs, ops.Metric, ops.Text)
-AT_SITES = (ops.Read, *ops.EDIT_NODES)
+# by `type(node) in`: isinstance asks pydantic's metaclass class by class, for every node
+OF_FINAL: Final = frozenset({ops.Logprobs, ops.Metric})
+OF_LOGITS: Final = OF_FINAL | {ops.Text}
+AT_SITES: Final = frozenset({ops.Read, *ops.EDIT_NODES})
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +45,16 @@ def reach(program: Program, walk: Walk) -> Reach:
     """What an accepted program needs."""
     n_layers = walk.scope.model.n_layers
     generates = walk.scope.generation.max_new_tokens > 0
-    needs = {node.id: layers(node, walk) for node in program.nodes}
-    depth = max(*needs.values(), n_layers if generates else 0, 0)
-    looked = [needs[node.id] for node in program.nodes if not isinstance(node, ops.Text)]
-    at = [walk.site(node.site, "").name for node in program.nodes if isinstance(node, AT_SITES)]
-    final = "final_norm" in at or any(isinstance(n, ops.Logprobs | ops.Metric) for n in program.nodes)
+    looked = max((layers(node, walk) for node in program.nodes if type(node) is not ops.Text), default=0)
+    text = generates or any(type(node) is ops.Text for node in program.nodes)
+    depth = n_layers if text else looked
+    kinds = {type(node) for node in program.nodes}
+    at = {_site(node, walk).name for node in program.nodes if type(node) in AT_SITES}
+    final = "final_norm" in at or bool(kinds & OF_FINAL)
     return Reach(
         depth if walk.stop is None else walk.stop + 1,
-        final or generates or any(isinstance(n, ops.Text) for n in program.nodes),
-        n_layers + 1 if final else max(looked, default=0),
+        final or text,
+        n_layers + 1 if final else looked,
         PATTERN in at,
     )
 
@@ -57,14 +62,18 @@ def reach(program: Program, walk: Walk) -> Reach:
 def layers(node: ops.Node, walk: Walk) -> int:
     """How many layers an accepted node needs."""
     n_layers = walk.scope.model.n_layers
-    if isinstance(node, OF_LOGITS):
+    if type(node) in OF_LOGITS:
         return n_layers
-    if not isinstance(node, AT_SITES):
+    if type(node) not in AT_SITES:
         return 0
-    site = walk.site(node.site, "")
+    site = _site(node, walk)
     if site.layer is not None:
         return site.layer + 1
     return 0 if site.spec.phase == 0 else n_layers
+
+
+def _site(node: ops.Node, walk: Walk) -> Site:
+    return walk.site(node.site, "")  # type: ignore[attr-defined]
 
 
 def beyond_stop(program: Program, walk: Walk, refused: set[str]) -> Iterator[errors.Refusal]:
@@ -79,7 +88,7 @@ def beyond_stop(program: Program, walk: Walk, refused: set[str]) -> Iterator[err
     for i, node in enumerate(program.nodes):
         if node.id in refused or layers(node, walk) <= stop + 1:
             continue
-        field = ".site" if isinstance(node, AT_SITES) else ""
+        field = ".site" if type(node) in AT_SITES else ""
         yield errors.refusal("after_stop", f"program.nodes[{i}]{field}", _why(node, stop), next_step=step)
 
 

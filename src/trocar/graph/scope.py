@@ -78,6 +78,7 @@ class Walk:
     scope: Scope
     reads_gen: bool = False
     values: dict[str, Value] = field(default_factory=dict)
+    known_sites: dict[str, sites.Site] = field(default_factory=dict)
     selections: dict[str, Selection] = field(default_factory=dict)
     token_ids: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     encoded: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -138,8 +139,11 @@ class Walk:
         return f" of prompt {prompt}, which has {self.scope.lengths[prompt]}"
 
     def site(self, text: str, path: str) -> sites.Site:
-        site = aliases.resolve(text, self.scope.model, path)
-        self.scope.model.require(site, path)
+        site = self.known_sites.get(text)
+        if site is None:
+            site = aliases.resolve(text, self.scope.model, path)
+            self.scope.model.require(site, path)
+            self.known_sites[text] = site
         return site
 
     def order(self, site: sites.Site) -> int:

@@ -12,7 +12,7 @@ from graph_trace import T
 from trocar import errors, strict
 from trocar.graph import builder, ops
 from trocar.graph.builder import EditSpec, Expr, SiteRows, selector
-from trocar.graph.program import Node
+from trocar.graph.program import MAX_NODES, Node
 
 ONES = np.ones(8, dtype=np.float32)
 
@@ -333,7 +333,7 @@ def test_nothing_recorded_and_nothing_after_the_end(t: T) -> None:
 
 
 def test_too_many_nodes(t: T) -> None:
-    for i in range(2001):
+    for i in range(MAX_NODES + 1):
         t.r.output(f"t{i}", ops.Text)
     with pytest.raises(errors.ProgramError) as caught:
         t.r.build()
