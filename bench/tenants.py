@@ -1,11 +1,11 @@
 """Many users at once, each with a program of their own, against serving them in turn and against no programs.
 
 Every user steers with their own vector at their own layer, at every token; prompts are of many lengths, as
-strangers' are. Ours is one engine that gets all requests at once. Peers: nnsight 0.8.1, which runs the same requests
-one after another with the same edits (and must give the same tokens); Hugging Face `generate` on all prompts in one
-padded batch without any program; and, where `TROCAR_BENCH_VLLM` names a Python that has it, vLLM on all prompts
-without any program. Ratios are the peer's CPU seconds / ours; `generate` and ours take turns pass by pass, the others
-and ours turn by turn.
+strangers' are; 16 users once more with short ones. Ours is one engine that gets all requests at once. Peers: nnsight
+0.8.1, which runs the same requests one after another with the same edits (and must give the same tokens); Hugging
+Face `generate` on all prompts in one padded batch without any program; and, where `TROCAR_BENCH_VLLM` names a Python
+that has it, vLLM on all prompts without any program. Ratios are the peer's CPU seconds / ours; `generate` and ours
+take turns pass by pass, the others and ours turn by turn.
 
 nnsight and vLLM have pins of their own, so each runs in its own Python as a child that measures itself.
 `TROCAR_BENCH_NNSIGHT` names the one with nnsight; without it, a virtual environment is made in a temporary
@@ -38,6 +38,7 @@ from trocar.models.pull import locate
 MODEL = "smollm2-135m-instruct"
 ROOT = Path(__file__).resolve().parents[1]
 SHORTEST, SPREAD, TOKENS, STRENGTH = 12, 37, 32, 40.0
+SHORT = 20
 ROUNDS = {1: 3, 4: 3, 16: 3, 64: 1}
 QUICK = {1: 2, 4: 1, 16: 1}
 GOALS = {"nnsight_16": 6.0, "generate_16": 1.25}
@@ -113,7 +114,7 @@ def children(folder: str, home: Path) -> dict[str, Child]:
     return found
 
 
-def everyone(loaded: Loaded, count: int) -> list[room.Ask]:
+def everyone(loaded: Loaded, count: int, *, short: bool = False) -> list[room.Ask]:
     width, layers = loaded.facts.d_model, loaded.facts.n_layers
     return [
         room.Ask(
@@ -123,7 +124,7 @@ def everyone(loaded: Loaded, count: int) -> list[room.Ask]:
             TOKENS,
             {"v": room.vector(width, i)},
         )
-        for i, p in enumerate(prompts(count))
+        for i, p in enumerate(room.prompts(count, SHORT) if short else prompts(count))
     ]
 
 
@@ -205,7 +206,9 @@ def main() -> None:
             print(f"peer: {peer.versions}")
             peer.serve(warm)
         for count, rounds in plan.items():
-            measure(out, everyone(engine.loaded, count), rounds, engine, plain, peers)
+            measure(out, f"{count}", everyone(engine.loaded, count), rounds, engine, plain, peers)
+        short = everyone(engine.loaded, 16, short=True)
+        measure(out, "16_short", short, plan[16], engine, plain, peers)
         for peer in peers.values():
             peer.close()
     engine.runner.close()
@@ -214,6 +217,7 @@ def main() -> None:
 
 def measure(
     out: dict[str, list[float]],
+    name: str,
     users: list[room.Ask],
     rounds: int,
     engine: Served,
@@ -226,17 +230,17 @@ def measure(
     tokens: dict[str, list[list[int]]] = {}
     for _ in range(rounds):
         mine, theirs = race((engine.side, engine.serve(users)), (plain.side, plain.serve(users)))
-        out.setdefault(f"generate_{count}", []).append(theirs.seconds / mine.seconds)
+        out.setdefault(f"generate_{name}", []).append(theirs.seconds / mine.seconds)
         seconds["generate"].append(theirs.seconds)
         alone = engine.side.measure(engine.serve(users))
         seconds["ours"].append(alone.seconds)
         tokens |= {"ours": texts(engine.results), "generate": plain.tokens}
-        for name, peer in peers.items():
-            spent, tokens[name] = peer.serve(users)
-            out.setdefault(f"{name}_{count}", []).append(spent / alone.seconds)
-            seconds[name].append(spent)
+        for who, peer in peers.items():
+            spent, tokens[who] = peer.serve(users)
+            out.setdefault(f"{who}_{name}", []).append(spent / alone.seconds)
+            seconds[who].append(spent)
     speeds = [f"{n} {count * TOKENS / statistics.median(s):.1f}" for n, s in seconds.items() if s]
-    print(f"{count:>3} users, tokens per CPU second: {', '.join(speeds)}{agree(tokens)}", flush=True)
+    print(f"{name:>8} users, tokens per CPU second: {', '.join(speeds)}{agree(tokens)}", flush=True)
 
 
 if __name__ == "__main__":

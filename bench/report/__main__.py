@@ -73,10 +73,10 @@ def tenants() -> str:
         "vllm": "vLLM, one batch, no programs",
     }
     rows = [
-        (name.partition("_")[2], peers[name.partition("_")[0]], *ratio(bench, name))
+        (name.partition("_")[2].replace("_", ", "), peers[name.partition("_")[0]], *ratio(bench, name))
         for name in bench["ratios"]
     ]
-    rows.sort(key=lambda row: (row[1], int(row[0])))
+    rows.sort(key=lambda row: (row[1], int(row[0].partition(",")[0]), row[0]))
     return table(("users", "peer", "ours, peer = 1", "over all turns", "goal"), *rows) + measured_on(bench)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import docs_reference as reference
@@ -35,6 +37,12 @@ HANDLES = {
 @pytest.mark.parametrize("path", sorted(reference.current()), ids=lambda p: p.relative_to(DOCS).as_posix())
 def test_generated_parts_are_current(path: Path) -> None:
     assert path.read_text() == reference.current()[path], "run `make reference`"
+
+
+def test_measured_parts_are_current() -> None:
+    """The tables of `docs/speed.md` are those of the committed results."""
+    done = subprocess.run([sys.executable, "-m", "bench.report", "--check"], cwd=DOCS.parent, check=False)
+    assert done.returncode == 0, "run `python -m bench.report`"
 
 
 def test_a_stale_part_would_be_noticed() -> None:

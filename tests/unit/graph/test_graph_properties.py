@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from contextlib import suppress
 from typing import Any
@@ -20,7 +21,8 @@ from trocar.graph.scope import Scope
 from trocar.graph.spec import SPEC
 
 NEW = 4
-FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+EXAMPLES = int(os.environ.get("TROCAR_EXAMPLES", "60"))  # 10000 for a long look
+FAST = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def scope(lengths: tuple[int, ...]) -> Scope:
