@@ -93,16 +93,22 @@ GARBAGE = st.recursive(
 
 def judge(body: Any, lengths: tuple[int, ...]) -> None:
     raw = json.dumps(body).encode()
+
+    def look() -> None:
+        check.check(strict.parse(Program, raw, options={"op": tuple(SPEC)}), scope(lengths), PRICES)
+
     started = time.perf_counter()
     try:
-        check.check(strict.parse(Program, raw, options={"op": tuple(SPEC)}), scope(lengths), PRICES)
+        look()
     except errors.TrocarError as e:
         found = e.refusals
     else:
         found = ()
     assert all(r.code in CODES and r.reason and r.next_step for r in found)
     assert len(found) <= check.MAX_REFUSALS
-    assert time.perf_counter() - started < 0.05 * SLACK
+    spent_s = time.perf_counter() - started
+    # who is slow is asked again: one call in ten thousand meets Python's collector or a busy machine
+    assert spent_s < 0.05 * SLACK or seconds(look) < 0.05 * SLACK
 
 
 SLACK = 4  # the machine is shared
