@@ -154,6 +154,10 @@ class Jobs:
             stop()
         return self.view(tenant, job_id)
 
+    def watch(self, job: Job, before: int = 0) -> JobWatch:
+        """For whoever does a job's work; `before` parts of it were done earlier."""
+        return JobWatch(self, job, before)
+
     def stoppable(self, job: Job, stop: Callable[[], None]) -> None:
         """Says how a running job is stopped; it is stopped at once if it was cancelled before."""
         with self._changed:
@@ -252,6 +256,24 @@ class Jobs:
         gone = {j.id for j in ended if now - (j.ended_s or 0.0) > KEEP_S}
         for job_id in gone | {j.id for j in mine[MAX_FINISHED_PER_TENANT:]}:
             del self._jobs[job_id]
+
+
+@dataclass(frozen=True, slots=True)
+class JobWatch:
+    """Tells a worker's progress to a job, and a job's end to a worker."""
+
+    jobs: Jobs
+    job: Job
+    before: int
+
+    def progress(self, done: int) -> None:
+        self.jobs.progress(self.job, self.before + done)
+
+    def stoppable(self, stop: Callable[[], None]) -> None:
+        self.jobs.stoppable(self.job, stop)
+
+    def require_wanted(self) -> None:
+        self.jobs.require_wanted(self.job)
 
 
 def _broken(job: Job) -> bool:
