@@ -185,7 +185,8 @@ class Service:
         if isinstance(hold, Released):
             return release.public(self._jobs.finished(principal.tenant, ask.kind, ask.total, hold))
         try:
-            view = self._jobs.start(principal.tenant, ask.kind, ask.total, work(hold), claim)
+            tick_ms = self.gate.policy.terms(principal.tier).tick_ms
+            view = self._jobs.start(principal.tenant, ask.kind, ask.total, work(hold), claim, tick_ms)
         except errors.TrocarError:
             self.gate.cancel(hold)
             raise
