@@ -156,6 +156,12 @@ def gemma3_270m() -> Any:
     return load(GEMMA3)
 
 
+@pytest.fixture(scope="session")
+def true_weights() -> Any:
+    """The model that `tiny` was made of, with its weights as they were before packing."""
+    return random_model()
+
+
 @dataclass(frozen=True)
 class Server:
     """A whole server in this process, driven over ASGI.

@@ -22,7 +22,7 @@ from trocar.gate.release import Released
 from trocar.graph.cost import STORED_BYTES_PER_NUMBER, Cost, Prices
 from trocar.graph.facts import ModelFacts
 from trocar.graph.spec import EDITS, SPEC
-from trocar.service.fits import Fit, fit_cost, fit_digest
+from trocar.service import fits
 from trocar.service.jobs import Claim, Jobs, Kind, Work
 from trocar.service.prepare import Prepared, Vectors, digest, prepare
 from trocar.service.runs import Run
@@ -165,11 +165,14 @@ class Service:
         if of.fingerprint != model.facts.fingerprint:
             reason = f"{request.handle!r} was made on another model than the {model.facts.name!r} of today"
             raise errors.refuse("wrong_handle", "handle", reason)
-        cost = fit_cost(of, request, self.gate.prices(principal))
-        ask = _Ask("fit", len(of.shapes), cost, fit_digest(request), idempotency_key)
+        prices, target = self.gate.prices(principal), None
+        if request.target is not None:
+            target = self.gate.handles.find(principal.tenant, request.target)
+        asked = fits.ask(request, of, target, prices.rules)
+        ask = _Ask("fit", len(of.shapes), asked.cost(prices), fits.fit_digest(request), idempotency_key)
 
         def work(hold: Hold) -> Work:
-            return Fit(request, of, model, self.gate, self._jobs, hold).work
+            return fits.Fit(asked, model, self.gate, self._jobs, hold).work
 
         return self._admit(principal, model, ask, work)
 
