@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import time
 from contextlib import closing
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 from gate_room import Room, code_of
 
-from trocar.errors import AuthError, PolicyRefusal, ProgramError, ServerFault, TrocarError
+from trocar.errors import AuthError, PolicyRefusal, ProgramError, ServerFault
 from trocar.gate import keys
 from trocar.gate.keys import NewKey, Principal
 from trocar.gate.policy import Role, Tier
@@ -363,18 +362,6 @@ def test_minting_and_checking_work_from_many_threads(gate: Room, key: NewKey) ->
         found = list(pool.map(gate.keys.authenticate, tokens))
     assert len({who.token_ids for who in found}) == 24
     assert [e.kind for e in gate.ledger.entries()].count("root_made") == 1
-
-
-def test_a_forked_process_opens_its_own(gate: Room, key: NewKey) -> None:
-    token = mint(gate, key)
-    pid = os.fork()
-    if pid == 0:
-        try:
-            gate.keys.authenticate(token)
-        except TrocarError as e:
-            os._exit(7 if e.code == "ledger_unavailable" else 1)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
 
 
 def test_a_principal_of_a_key_has_no_blocks(key: NewKey) -> None:
