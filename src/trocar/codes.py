@@ -139,12 +139,18 @@ TABLE: Final[tuple[Code, ...]] = (
          "Wait, then send it again with the same key.", retryable=True),
     Code("limit_changed", "PolicyRefusal", "A budget whose size is not the one it was opened with.",
          "Restore the numbers that the reason names: configuration never moves an open budget."),
+    Code("export_refused", "PolicyRefusal", "What was to leave did not pass the automatic checks.",
+         "Leave out what the reasons name; no approval can replace a check."),
+    Code("airlock_state", "Conflict", "A step that this request cannot take now.",
+         "`trocar airlock show` says where the request stands."),
     # things that are not there
     Code("unknown_model", "NotFound", "A model that this server does not serve.",
          "`client.models()` lists the served models."),
     Code("handle_not_found", "NotFound", "No such handle.", "`client.handles()` lists yours."),
     Code("key_not_found", "NotFound", "No such key.", "`trocar key list` lists the keys."),
     Code("job_not_found", "NotFound", "No such job, or its result has expired.", "Submit the program again."),
+    Code("airlock_not_found", "NotFound", "No such request in the airlock.",
+         "`trocar airlock list` lists those that you can see."),
     Code("no_route", "NotFound", "No such address on this server.", "See /docs on the server for the addresses."),
     # capacity and faults
     Code("queue_full", "Overloaded", "Too many requests are waiting.",

@@ -35,8 +35,12 @@ class Tier(StrEnum):
 class Role(StrEnum):
     """What a key may do besides running programs; an operator also mints and revokes keys."""
 
-    researcher = "researcher"
+    owner = "owner"
+    checker = "checker"
     operator = "operator"
+    auditor = "auditor"
+    researcher = "researcher"
+    agent = "agent"
 
 
 def whole_bits(value: int, name: str, *, least: int = 0) -> int:
