@@ -102,7 +102,8 @@ def _joined(codes: Codes, bits: int) -> npt.NDArray[np.uint8]:
         return codes.view(np.uint8)
     nibbles = codes.view(np.uint8) & np.uint8(0x0F)
     even = np.pad(nibbles, ((0, 0), (0, nibbles.shape[1] % 2)))
-    return even[:, 0::2] | (even[:, 1::2] << np.uint8(4))
+    pairs: npt.NDArray[np.uint8] = even[:, 0::2] | (even[:, 1::2] << np.uint8(4))
+    return pairs
 
 
 def _split(stored: npt.NDArray[np.uint8], width: int, bits: int) -> Codes:
