@@ -10,7 +10,7 @@ charged and what leaves are these bytes, and nothing of the float32 numbers is i
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -65,17 +65,30 @@ def pack(values: Floats, bits: int) -> bytes:
     return scales.astype("<f2").tobytes() + _joined(codes, bits).tobytes()
 
 
-def parts(raw: bytes, rows: int, width: int, bits: int) -> tuple[Scales, Codes]:
-    """The scales `[rows]` and the codes `[rows, width]` in what `pack` made.
+def split(raw: bytes, rows: int, width: int, bits: int) -> tuple[Scales, npt.NDArray[Any]]:
+    """The scales `[rows]` and the codes as they are stored, in what `pack` made; neither is copied.
+
+    Returns:
+        Codes of 8 bits as int8 `[rows, width]`, those of 4 bits as bytes `[rows, ceil(width / 2)]`.
 
     Raises:
         ServerFault: `store_damaged` when the length is not that of the shape.
     """
     if len(raw) != packed_bytes(rows, width, bits):
         raise errors.refuse("store_damaged", "", "packed rows do not have the length of their shape")
-    scales = np.frombuffer(raw, "<f2", rows).astype(np.float16)
-    stored = np.frombuffer(raw, np.uint8, offset=rows * SCALE_BYTES).reshape(rows, -1)
-    return scales, _split(stored, width, bits)
+    scales = np.frombuffer(raw, "<f2", rows)
+    stored = np.frombuffer(raw, np.uint8 if bits == 4 else np.int8, offset=rows * SCALE_BYTES)
+    return scales, stored.reshape(rows, -1)
+
+
+def parts(raw: bytes, rows: int, width: int, bits: int) -> tuple[Scales, Codes]:
+    """The scales `[rows]` and the codes `[rows, width]` in what `pack` made.
+
+    Raises:
+        ServerFault: `store_damaged`.
+    """
+    scales, stored = split(raw, rows, width, bits)
+    return scales, stored if bits == 8 else _nibbles(stored)[:, :width]
 
 
 def unpack(raw: bytes, rows: int, width: int, bits: int) -> Floats:
@@ -106,10 +119,7 @@ def _joined(codes: Codes, bits: int) -> npt.NDArray[np.uint8]:
     return pairs
 
 
-def _split(stored: npt.NDArray[np.uint8], width: int, bits: int) -> Codes:
-    if bits == 8:
-        return stored.view(np.int8)
-    nibbles = np.stack((stored & np.uint8(0x0F), stored >> np.uint8(4)), axis=2).reshape(len(stored), -1)
+def _nibbles(stored: npt.NDArray[np.uint8]) -> Codes:
+    apart = np.stack((stored & np.uint8(0x0F), stored >> np.uint8(4)), axis=2).reshape(len(stored), -1)
     # a nibble's sign is its highest bit: shift it to the byte's and back
-    shifted = (nibbles << np.uint8(4)).view(np.int8) >> np.int8(4)
-    return shifted[:, :width]
+    return (apart << np.uint8(4)).view(np.int8) >> np.int8(4)
