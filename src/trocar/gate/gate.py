@@ -17,6 +17,7 @@ from trocar.gate.chain import Entry
 from trocar.gate.database import Database
 from trocar.gate.keys import Keys, Principal
 from trocar.gate.ledger import Ledger, Replay, Reservation
+from trocar.gate.limits import Limits, Payer
 from trocar.gate.policy import Lineage, Policy, Role, Tier
 from trocar.gate.release import Released
 from trocar.graph.cost import Cost, Prices, token_bits
@@ -50,7 +51,7 @@ class Gate:
         self._cap = cap
         self._database = Database(url)
         self.keys = Keys(self._database)
-        self.ledger = Ledger(self._database, self.policy)
+        self.ledger = Ledger(self._database, overhead_bits=self.policy.overhead_bits)
 
     @property
     def prices(self) -> Prices:
@@ -62,7 +63,8 @@ class Gate:
 
     def declare(self, facts: ModelFacts) -> None:
         """Opens the lineage's account when a model is loaded."""
-        self.ledger.declare(self.lineage(facts))
+        lineage = self.lineage(facts)
+        self.ledger.declare(lineage, self._limits(lineage))
 
     def require_operator(self, principal: Principal) -> None:
         """Refuses a caller who is not an operator."""
@@ -73,11 +75,13 @@ class Gate:
 
     def budget(self, principal: Principal, facts: ModelFacts) -> r.BudgetView:
         """The caller's lifetime budget on a model's lineage; the tighter of key and lineage."""
-        balance = self.ledger.balance(principal, self.lineage(facts))
+        lineage = self.lineage(facts)
+        balance = self.ledger.balance(lineage.name, self._payers(principal, lineage), self._limits(lineage))
+        key = balance.payers[0]
         return r.BudgetView(
             tier=principal.tier.value,
-            limit_bits=balance.key.limit_bits,
-            spent_bits=balance.key.charged_bits,
+            limit_bits=key.limit_bits,
+            spent_bits=key.charged_bits,
             left_bits=balance.left_bits,
         )
 
@@ -99,10 +103,13 @@ class Gate:
         if principal.tier is Tier.open and not facts.open_weights:
             reason = f"the weights of {facts.name!r} are not open, and the key's tier 'open' has no cap"
             raise errors.refuse("not_allowed", "", reason)
+        lineage = self.lineage(facts)
         admitted = self.ledger.reserve(
             principal,
-            self.lineage(facts),
+            lineage,
             cost.total_bits,
+            payers=self._payers(principal, lineage),
+            limits=self._limits(lineage),
             request_digest=request_digest,
             idempotency_key=idempotency_key,
         )
@@ -140,6 +147,13 @@ class Gate:
 
     def close(self) -> None:
         self._database.close()
+
+    def _payers(self, principal: Principal, lineage: Lineage) -> tuple[Payer, ...]:
+        limits = Limits(self.policy.cap_bits(principal.tier, lineage.secret_bits))
+        return (Payer(f"key:{principal.key_id}", limits),)
+
+    def _limits(self, lineage: Lineage) -> Limits:
+        return Limits(self.policy.lineage_limit_bits(lineage))
 
     def _settle(self, hold: Hold, bits: int, payload: bytes) -> r.Charge:
         charge = self.ledger.settle(hold.reservation, bits, payload)

@@ -15,10 +15,9 @@ from enum import StrEnum
 from typing import Final
 
 from trocar import errors
+from trocar.gate.limits import MAX_BITS, whole_bits
 
-MAX_BITS: Final = 2**62
-"""Largest amount of bits anywhere in the gate; sums of two still fit a signed 64-bit column."""
-
+__all__ = ["MAX_BITS", "Lineage", "Policy", "Role", "Tier", "whole_bits"]
 _PPM: Final = 1_000_000
 _LINEAGE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,199}")
 
@@ -41,25 +40,6 @@ class Role(StrEnum):
     auditor = "auditor"
     researcher = "researcher"
     agent = "agent"
-
-
-def whole_bits(value: int, name: str, *, least: int = 0) -> int:
-    """Returns `value` if it is an exact amount of bits.
-
-    Args:
-        value: the amount; `True`, `1.0` and numpy integers are not amounts.
-        name: the argument's name, for the refusal.
-        least: the smallest amount accepted.
-
-    Raises:
-        ServerFault: `bad_bits` when it is not of type int, or not in [least, 2**62].
-    """
-    if type(value) is not int:
-        raise errors.refuse("bad_bits", name, f"{name} is a {type(value).__name__}, not an int")
-    if not least <= value <= MAX_BITS:
-        shown = str(value) if abs(value) <= MAX_BITS else f"an integer of {value.bit_length()} binary digits"
-        raise errors.refuse("bad_bits", name, f"{name} is {shown}; it must be in [{least}, 2**62]")
-    return value
 
 
 @dataclass(frozen=True, slots=True)
