@@ -65,8 +65,8 @@ class Standing(StrEnum):
 
     Attributes:
         system: the gate itself.
-        author: the very key that asked, of a person.
-        agent: the very key that asked, of an agent.
+        author: the very key that asked, in the hands of a person.
+        agent: the very key or token that asked, in the hands of an agent.
         keeper: a researcher's key of the person who holds that agent, in its project.
         holder: any other key of the author's holder.
         colleague: a researcher of the author's project.
@@ -201,20 +201,19 @@ def standing(actor: Actor | None, parties: Parties) -> Standing:
     """What `actor` is to a request; None is the gate itself."""
     if actor is None:
         return Standing.system
-    if actor.role is Role.agent or actor.key_id == parties.author.key_id:
-        return _by_key(actor, parties)
-    if actor.holder == parties.author.holder:
-        keeps = parties.author.role is Role.agent and _colleague(actor, parties)
-        return Standing.keeper if keeps else Standing.holder
+    author = parties.author
+    agents = actor.role is Role.agent, author.role is Role.agent
+    # a token for an agent has the id of the key that it stands for, and is not that key
+    same = actor.key_id == author.key_id and agents[0] == agents[1]
+    if agents[0]:
+        return Standing.agent if same else Standing.stranger
+    if same:
+        return Standing.author
+    if actor.holder == author.holder:
+        return Standing.keeper if agents[1] and _colleague(actor, parties) else Standing.holder
     if actor.holder in parties.signers:
         return Standing.sponsor
     return _by_role(actor, parties)
-
-
-def _by_key(actor: Actor, parties: Parties) -> Standing:
-    if actor.key_id != parties.author.key_id:
-        return Standing.stranger
-    return Standing.agent if actor.role is Role.agent else Standing.author
 
 
 def _by_role(actor: Actor, parties: Parties) -> Standing:

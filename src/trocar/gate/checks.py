@@ -155,6 +155,7 @@ class ExportTerms:
     Attributes:
         first_raw_layer: rows leave from this layer on.
         least_blocks: whole blocks that must lie between a write and the rows that leave.
+        own_targets: whether fits to activations may leave.
         vector_bits: bits of one number, 4 or 8.
         review_bytes: artifacts above this size are looked at by people.
         most_bytes: nothing larger leaves in one request.
@@ -163,6 +164,7 @@ class ExportTerms:
 
     first_raw_layer: int = 2
     least_blocks: int = 1
+    own_targets: bool = False
     vector_bits: int = 8
     review_bytes: int = 1_000_000
     most_bytes: int = 64_000_000
@@ -236,7 +238,7 @@ def _part_fails(part: Part, kind: ExportKind, terms: ExportTerms) -> Iterator[tu
         )
     if part.label >= Label.GRAD:
         yield Check.label, f"numbers of the label {part.label.name} never leave"
-    if part.origin in _FAILS:
+    if part.origin in _FAILS and not (part.origin is Origin.activation_fit and terms.own_targets):
         code, why = _FAILS[part.origin]
         yield code, f"the part {why}"
     if not part.numbers.finite:
@@ -264,11 +266,9 @@ def _row_fails(part: Part, terms: ExportTerms) -> Iterator[tuple[Check, str]]:
 
 
 def _early(site: Site, terms: ExportTerms) -> bool:
-    """Whether a site lies before the first layer that may leave; the stream counts to the layer that made it."""
-    if site.name == "embeddings":
-        return True
-    made_in = site.layer if site.name != "resid_pre" or site.layer is None else site.layer - 1
-    return made_in is not None and made_in < terms.first_raw_layer
+    """Whether a site lies before the first layer that may leave."""
+    layer = 0 if site.name == "embeddings" else site.layer
+    return layer is not None and layer < terms.first_raw_layer
 
 
 def _near(part: Part, terms: ExportTerms) -> bool:

@@ -66,7 +66,7 @@ def test_small_artifacts_of_public_targets_pass() -> None:
         ({"site": Site("embeddings")}, "early_layer"),
         ({"site": Site("resid_post", 0)}, "early_layer"),
         ({"site": Site("mlp_out", 1)}, "early_layer"),
-        ({"site": Site("resid_pre", 2)}, "early_layer"),
+        ({"site": Site("resid_pre", 1)}, "early_layer"),
         ({"site": None}, "no_site"),
         ({"site": Site("logits")}, "logits"),
         ({"blocks": 0}, "near_write"),
@@ -86,7 +86,7 @@ def test_rows_that_never_leave(change: dict[str, Any], code: str) -> None:
     assert codes(replace(ROWS, **change)) == ("fail", {code})
 
 
-@pytest.mark.parametrize("site", ["resid_pre.3", "resid_post.2", "attn_in.2", "final_norm"])
+@pytest.mark.parametrize("site", ["resid_pre.2", "resid_post.2", "attn_in.2", "final_norm"])
 def test_sites_from_the_first_raw_layer_on_may_leave(site: str) -> None:
     assert codes(*rows_at(site))[0] == "review"
 
@@ -158,6 +158,21 @@ def test_both_ends_of_a_matrix_never_leave_together(held: str, first: bool) -> N
 def test_artifacts_hold_no_end_of_a_matrix() -> None:
     pair = (replace(PROBE, site=Site("z", 5)), replace(PROBE, name="b", site=Site("attn_out", 5)))
     assert codes(*pair, kind="artifact", earlier="attn_in.5 q.5") == ("pass", set())
+
+
+def test_open_weights_have_looser_terms() -> None:
+    free = ExportTerms(first_raw_layer=0, least_blocks=0, own_targets=True, maps=())
+    near = {"blocks": 0, "first": True}
+    assert codes(*rows_at("embeddings", "z.0", "attn_out.0", **near), terms=free) == ("review", {"rows"})
+    lens = replace(PROBE, origin=Origin.activation_fit)
+    assert codes(lens, kind="artifact", terms=free) == ("pass", set())
+    for origin, label in (
+        (Origin.optimiser, Label.ACT),
+        (Origin.weight_init, Label.ACT),
+        (Origin.fit, Label.GRAD),
+    ):
+        part = replace(PROBE, origin=origin, label=label)
+        assert codes(part, kind="artifact", terms=free)[0] == "fail"
 
 
 def test_one_failure_outweighs_every_doubt_and_all_are_named() -> None:

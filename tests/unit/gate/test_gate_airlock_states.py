@@ -160,6 +160,13 @@ def test_an_agent_never_approves_nor_signs() -> None:
     }
 
 
+def test_an_agents_token_is_not_the_key_that_it_stands_for() -> None:
+    token = replace(AUTHOR, role=Role.agent)
+    assert standing(token, parties(AUTHOR)) is Standing.stranger
+    assert standing(AUTHOR, parties(token)) is Standing.keeper
+    assert standing(token, parties(token)) is Standing.agent
+
+
 def test_a_request_of_an_agent_waits_for_a_researcher_of_its_project() -> None:
     asked = parties(AGENT)
     assert first_state(asked, failed=False) is State.unsigned
