@@ -128,9 +128,12 @@ TABLE: Final[tuple[Code, ...]] = (
     Code("fit_not_converged", "RunFailed", "A fit that did not reach its optimum.", "Raise l2."),
     # policy
     Code("no_key", "AuthError", "No API key.", "Set TROCAR_API_KEY, or pass Client(api_key=...)."),
-    Code("bad_key", "AuthError", "A key that is unknown or revoked.", "Ask the operator: `trocar key create`."),
+    Code("bad_key", "AuthError", "A key or token that is unknown, expired or revoked.",
+         "Ask the operator: `trocar key create`."),
     Code("not_allowed", "PolicyRefusal", "The key's role does not allow this.",
          "Ask the operator for a key with the role that the reason names."),
+    Code("out_of_scope", "PolicyRefusal", "The key or token is not meant for this.",
+         "Stay inside its scope, or ask whoever gave it to you for a wider one."),
     Code("budget_exhausted", "PolicyRefusal", "The program may release more bits than the budget has left.",
          "Release less (lower top_k, fewer rows), or ask the operator for a larger budget."),
     Code("rank_exhausted", "PolicyRefusal", "The program sends more new directions into a site than are left.",

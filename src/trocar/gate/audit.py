@@ -20,7 +20,18 @@ from trocar.gate.accounts import owner_of
 from trocar.gate.chain import Kind
 from trocar.gate.limits import EVERYONE, Limits
 from trocar.gate.reservations import OPEN
-from trocar.gate.tables import ACCOUNTS, DIRECTIONS, ENDS, HEAD, KEYS, LINEAGES, LOG, RESERVATIONS
+from trocar.gate.tables import (
+    ACCOUNTS,
+    DIRECTIONS,
+    ENDS,
+    HEAD,
+    KEYS,
+    LINEAGES,
+    LOG,
+    RESERVATIONS,
+    REVOKED_TOKENS,
+    TOKEN_ROOTS,
+)
 from trocar.gate.windows import DAY_MS, Account
 
 _Rows: TypeAlias = dict[tuple[Any, ...], dict[str, Any]]
@@ -43,6 +54,8 @@ def differences(connection: Connection) -> list[str]:
             return [wrong]
     return [
         *_compare("key", books.keys, _keys(connection)),
+        *_compare("token root", books.token_roots, _timeless(connection, TOKEN_ROOTS, "made_ms")),
+        *_compare("revoked token", books.revoked_tokens, _timeless(connection, REVOKED_TOKENS, "revoked_ms")),
         *_compare("lineage", books.lineages, _rows(connection, LINEAGES, 1)),
         *_compare("account", _accounts(books), _rows(connection, ACCOUNTS, 2)),
         *_compare("direction", books.directions, _rows(connection, DIRECTIONS, 4)),
@@ -57,6 +70,8 @@ class _Books:
     """The tables as the entries imply them, by primary key; and the payers of what still runs."""
 
     keys: _Rows = field(default_factory=dict)
+    token_roots: _Rows = field(default_factory=dict)
+    revoked_tokens: _Rows = field(default_factory=dict)
     lineages: _Rows = field(default_factory=dict)
     accounts: dict[tuple[str, str], Account] = field(default_factory=dict)
     directions: _Rows = field(default_factory=dict)
@@ -80,6 +95,14 @@ def _key_created(books: _Books, entry: RowMapping, detail: Any) -> None:
 
 def _key_revoked(books: _Books, entry: RowMapping, _detail: Any) -> None:
     books.keys[entry["key_id"],]["revoked"] = True
+
+
+def _root_made(books: _Books, entry: RowMapping, _detail: Any) -> None:
+    books.token_roots[entry["digest"],] = {}
+
+
+def _block_revoked(books: _Books, _entry: RowMapping, detail: Any) -> None:
+    books.revoked_tokens[detail["token_id"],] = {}
 
 
 def _lineage_declared(books: _Books, entry: RowMapping, detail: Any) -> None:
@@ -133,6 +156,8 @@ def _nothing(_books: _Books, entry: RowMapping, _detail: Any) -> None:
 _ENTER: Final[dict[str, Callable[[_Books, RowMapping, Any], None]]] = {
     Kind.key_created: _key_created,
     Kind.key_revoked: _key_revoked,
+    Kind.root_made: _root_made,
+    Kind.block_revoked: _block_revoked,
     Kind.lineage_declared: _lineage_declared,
     Kind.account_opened: _limits,
     Kind.limit_lowered: _limits,
@@ -170,6 +195,13 @@ def _keys(connection: Connection) -> _Rows:
     for row in rows.values():
         del row["created_ms"]
         row["revoked"] = row.pop("revoked_ms") is not None
+    return rows
+
+
+def _timeless(connection: Connection, table: Table, time: str) -> _Rows:
+    rows = _rows(connection, table, 1)
+    for row in rows.values():
+        del row[time]
     return rows
 
 
