@@ -15,15 +15,15 @@ import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from sqlalchemy import Connection
 
 from trocar import errors
-from trocar.gate import airlock_records, chain, checks, keys, manifest, packing, plain_text
-from trocar.gate.airlock_desk import OPEN, Caller, Desk, Rules, actor_of
+from trocar.gate import airlock_records, chain, checks, keys, manifest, packing, plain_text, roles
+from trocar.gate.airlock_desk import OPEN, Desk, Rules, actor_of
 from trocar.gate.airlock_records import Ticket
 from trocar.gate.airlock_request import ExportAsk, ExportFacts, RaiseAsk, RaiseFacts, Request
 from trocar.gate.airlock_states import Action, Actor, Parties, RequestKind, State, first_state
@@ -36,11 +36,11 @@ from trocar.gate.ledger import Ledger, Replay, Reservation
 from trocar.gate.limits import Limits, Payer
 from trocar.gate.manifest import Manifest, ManifestPart, SigningKey
 from trocar.gate.policy import Lineage, Role, Tier
+from trocar.gate.roles import Power
 from trocar.graph import linear_maps
 from trocar.sites import Site
 
 LEAST_REASON: Final = 10
-_ASKING: Final = (Role.researcher, Role.agent, Role.owner, Role.operator)
 _ANY_ACCOUNT: Final = (Role.owner, Role.operator)
 
 
@@ -72,7 +72,7 @@ class Export:
     replayed: bool
 
 
-def _terms(_caller: Caller, _lineage: Lineage) -> ExportTerms:
+def _terms(_caller: Principal, _lineage: Lineage) -> ExportTerms:
     return ExportTerms()
 
 
@@ -91,9 +91,9 @@ class Airlock(Desk):
         database: Database,
         ledger: Ledger,
         key: SigningKey,
-        paying: Callable[[Any, Lineage], Paying],
+        paying: Callable[[Principal, Lineage], Paying],
         *,
-        terms: Callable[[Caller, Lineage], ExportTerms] = _terms,
+        terms: Callable[[Principal, Lineage], ExportTerms] = _terms,
         rules: Rules | None = None,
         overhead_bits: int = 256,
         clock: Callable[[], int] = chain.now_ms,
@@ -110,7 +110,7 @@ class Airlock(Desk):
         """What released files are verified with; public."""
         return self._key.public_key
 
-    def submit(self, caller: Caller, ask: ExportAsk) -> Ticket:
+    def submit(self, caller: Principal, ask: ExportAsk) -> Ticket:
         """Freezes, checks and prices what is to leave.
 
         Raises:
@@ -120,6 +120,10 @@ class Airlock(Desk):
             Overloaded: `queue_full` when too many requests of the project are undecided.
         """
         plain_text.require(ask.fingerprint, "fingerprint", most=plain_text.MOST_WORDS)
+        for sent in ask.parts:
+            plain_text.require(sent.name, "parts", most=plain_text.MOST_WORDS)
+            for text in sent.texts:
+                plain_text.require(text, "parts", most=plain_text.MOST_WORDS)
         parts, terms = tuple(sent.part() for sent in ask.parts), self._terms(caller, ask.lineage)
         what = ExportFacts(ask.kind, ask.fingerprint, terms.vector_bits, parts)
         ticket = self._enter(caller, ask, what, lambda: _frozen(ask, terms), terms)
@@ -132,7 +136,7 @@ class Airlock(Desk):
             )
         return ticket
 
-    def submit_raise(self, caller: Caller, ask: RaiseAsk) -> Ticket:
+    def submit_raise(self, caller: Principal, ask: RaiseAsk) -> Ticket:
         """Asks for larger limits of an account.
 
         Raises:
@@ -147,7 +151,7 @@ class Airlock(Desk):
             raise errors.refuse("not_allowed", "owner", "a researcher asks for the own key or project")
         return self._enter(caller, ask, RaiseFacts(ask.owner, ask.limits), lambda: b"", ExportTerms())
 
-    def release(self, principal: Principal, request_id: str) -> Export:
+    def release(self, caller: Principal, request_id: str) -> Export:
         """Charges an approved export and hands out its file; again, for nothing, when it had left before.
 
         Raises:
@@ -157,14 +161,13 @@ class Airlock(Desk):
             Conflict: `airlock_state` when it is not approved, or was rejected meanwhile.
             ServerFault: `store_damaged` when anything of it was touched since it was submitted.
         """
-        caller: Any = principal
         self.expire_old()
         with self._database.read() as connection:
             _, ticket, _, frozen = self._ready(connection, caller, request_id, Action.release)
         what = ticket.request.what
         if not isinstance(what, ExportFacts):
             raise errors.refuse("airlock_state", "", "a raise has no file: it is applied with `apply`")
-        held = self._reserve(principal, ticket, what)
+        held = self._reserve(caller, ticket, what)
         if isinstance(held, Replay):
             ticket = self._mark(caller, request_id)
             return Export(held.payload, ticket, 0, held.head.seq, held.head.hash, None, replayed=True)
@@ -173,7 +176,7 @@ class Airlock(Desk):
 
     def _enter(
         self,
-        caller: Caller,
+        caller: Principal,
         ask: ExportAsk | RaiseAsk,
         what: ExportFacts | RaiseFacts,
         frozen: Callable[[], bytes],
@@ -182,7 +185,7 @@ class Airlock(Desk):
         actor = self._author(caller, ask)
         self.expire_old()
         with self._database.write() as connection:
-            keys.require_not_revoked(connection, actor.key_id)
+            keys.require_current(connection, caller)
             if airlock_records.count(connection, OPEN, actor) >= self._rules.most_open:
                 raise errors.refuse(
                     "queue_full", "", "too many requests of the project wait for a decision",
@@ -195,12 +198,11 @@ class Airlock(Desk):
             state = first_state(parties, failed=failed)
             return airlock_records.enter(connection, request, state, b"" if failed else frozen(), now_ms)
 
-    def _author(self, caller: Caller, ask: ExportAsk | RaiseAsk) -> Actor:
+    def _author(self, caller: Principal, ask: ExportAsk | RaiseAsk) -> Actor:
         plain_text.require(ask.reason, "reason", least=LEAST_REASON)
         plain_text.require(ask.controls, "controls", least=LEAST_REASON)
         actor = actor_of(caller)
-        if actor.role not in _ASKING:
-            raise errors.refuse("not_allowed", "", f"a key of the role {actor.role.value!r} asks for nothing")
+        roles.require(caller.role, Power.run)
         if caller.tier is Tier.open and ask.lineage.cap is not None:
             raise errors.refuse(
                 "not_allowed", "", "the weights are not open, and the key's tier 'open' has no cap"
@@ -281,7 +283,7 @@ class Airlock(Desk):
         )
         return manifest.build(tensors, told, self._key)
 
-    def _mark(self, caller: Caller, request_id: str) -> Ticket:
+    def _mark(self, caller: Principal, request_id: str) -> Ticket:
         """Enters that it left; refused when somebody stopped it meanwhile: charged then, and not handed out."""
         with self._database.write() as connection:
             actor, ticket, after, _ = self._ready(connection, caller, request_id, Action.release)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from typing import Final
 
 from sqlalchemy import Connection, select
 
@@ -23,6 +23,7 @@ from trocar.gate.airlock_request import ExportFacts, RaiseFacts
 from trocar.gate.airlock_states import OWNERS, Action, Actor, Side, Standing, State, sees, standing
 from trocar.gate.airlock_tables import REQUESTS
 from trocar.gate.database import Database
+from trocar.gate.keys import Principal
 from trocar.gate.limits import EVERYONE
 from trocar.gate.policy import Role, Tier
 from trocar.gate.tables import LOG
@@ -30,23 +31,6 @@ from trocar.gate.tables import LOG
 OPEN: Final = tuple(state for state in State if OWNERS[state] is not Side.nobody)
 MOST_LISTED: Final = 1000
 _ID: Final = re.compile(r"[0-9a-f]{32}")
-
-
-class Caller(Protocol):
-    """What the airlock needs of `keys.Principal`."""
-
-    @property
-    def key_id(self) -> str: ...
-    @property
-    def tenant(self) -> str: ...
-    @property
-    def tier(self) -> Tier: ...
-    @property
-    def role(self) -> Role: ...
-    @property
-    def project(self) -> str: ...
-    @property
-    def holder(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +94,7 @@ class Review:
         return self.ticket.request.price_bits / limit if limit else None
 
 
-def actor_of(caller: Caller) -> Actor:
+def actor_of(caller: Principal) -> Actor:
     """The caller as the state machine knows it; a key of the tier `agent` is an agent's, whatever its role.
 
     Raises:
@@ -141,14 +125,14 @@ class Desk:
         with database.write() as connection:
             airlock_tables.make(connection)
 
-    def list(self, caller: Caller, *, state: State | None = None, limit: int = 100) -> tuple[Ticket, ...]:
+    def list(self, caller: Principal, *, state: State | None = None, limit: int = 100) -> tuple[Ticket, ...]:
         """The newest requests that the caller sees, newest first."""
         actor = actor_of(caller)
         with self._database.read() as connection:
             found = airlock_records.listed(connection, actor, state=state, limit=min(limit, MOST_LISTED))
         return tuple(_blinded(ticket, standing(actor, ticket.parties)) for ticket in found)
 
-    def show(self, caller: Caller, request_id: str) -> Review:
+    def show(self, caller: Principal, request_id: str) -> Review:
         """All that a decision on a request needs.
 
         Raises:
@@ -165,11 +149,11 @@ class Desk:
             before = _earlier(connection, ticket)
         return Review(_blinded(ticket, who), who, found.get(EVERYONE), found.get(owner), before)
 
-    def sign(self, caller: Caller, request_id: str) -> Ticket:
+    def sign(self, caller: Principal, request_id: str) -> Ticket:
         """Takes a request of an agent upon oneself, as a researcher of its project."""
         return self._step(caller, request_id, Action.sign)
 
-    def approve(self, caller: Caller, request_id: str, digest: str, words: str = "") -> Ticket:
+    def approve(self, caller: Principal, request_id: str, digest: str, words: str = "") -> Ticket:
         """Agrees to a request.
 
         Args:
@@ -182,7 +166,7 @@ class Desk:
         """
         return self._step(caller, request_id, Action.approve, words, digest)
 
-    def reject(self, caller: Caller, request_id: str, words: str) -> Ticket:
+    def reject(self, caller: Principal, request_id: str, words: str) -> Ticket:
         """Ends a request that has not left, also one that was approved.
 
         Raises:
@@ -192,7 +176,7 @@ class Desk:
         plain_text.require(words, "words", least=1)
         return self._step(caller, request_id, Action.reject, words)
 
-    def withdraw(self, caller: Caller, request_id: str) -> Ticket:
+    def withdraw(self, caller: Principal, request_id: str) -> Ticket:
         """Takes a request back, as its author.
 
         Raises:
@@ -200,7 +184,7 @@ class Desk:
         """
         return self._step(caller, request_id, Action.withdraw)
 
-    def apply(self, caller: Caller, request_id: str) -> Ticket:
+    def apply(self, caller: Principal, request_id: str) -> Ticket:
         """Gives an account the limits that were approved, as who asked for them. Twice is once.
 
         Raises:
@@ -244,7 +228,7 @@ class Desk:
             return airlock_records.differences(connection)
 
     def _step(
-        self, caller: Caller, request_id: str, action: Action, words: str = "", digest: str | None = None
+        self, caller: Principal, request_id: str, action: Action, words: str = "", digest: str | None = None
     ) -> Ticket:
         plain_text.require(words, "words")
         self.expire_old()
@@ -262,11 +246,11 @@ class Desk:
             return airlock_records.take(connection, ticket, action, state, actor, words=words, now_ms=now_ms)
 
     def _ready(
-        self, connection: Connection, caller: Caller, request_id: str, action: Action
+        self, connection: Connection, caller: Principal, request_id: str, action: Action
     ) -> tuple[Actor, Ticket, airlock_states.Next, bytes]:
         """Who acts, on what, where it would lead once the state machine agrees, and the frozen bytes."""
         actor = actor_of(caller)
-        keys.require_not_revoked(connection, caller.key_id)
+        keys.require_current(connection, caller)
         ticket = self._visible(connection, actor, request_id)
         frozen = airlock_records.content(connection, ticket)
         after = airlock_states.require(ticket.state, action, standing(actor, ticket.parties))

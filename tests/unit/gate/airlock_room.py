@@ -31,35 +31,6 @@ DAY_MS = 86_400_000
 NOW_MS = 40_000 * DAY_MS
 
 
-@dataclass(frozen=True)
-class Person:
-    """A key in somebody's hand."""
-
-    principal: Principal
-    role: Role
-    holder: str
-    project: str
-
-    @property
-    def key_id(self) -> str:
-        return self.principal.key_id
-
-    @property
-    def tenant(self) -> str:
-        return self.principal.tenant
-
-    @property
-    def tier(self) -> Tier:
-        return self.principal.tier
-
-
-class Books(Ledger):
-    """A ledger that knows persons by their keys."""
-
-    def reserve(self, principal: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().reserve(principal.principal, *args, **kwargs)
-
-
 @dataclass
 class Clock:
     now_ms: int = NOW_MS
@@ -89,7 +60,7 @@ class Room:
     def open(self) -> None:
         self.database = Database(self.url)
         self.keys = Keys(self.database)
-        self.ledger = Books(self.database, overhead_bits=OVERHEAD, clock=self.clock)
+        self.ledger = Ledger(self.database, overhead_bits=OVERHEAD, clock=self.clock)
         self.airlock = Airlock(
             self.database, self.ledger, self.signing, self.paying, terms=lambda *_: self.terms, rules=self.rules,
             clock=self.clock,
@@ -106,9 +77,9 @@ class Room:
     def person(
         self, holder: str, role: Role = Role.researcher, *, project: str = "probe", tenant: str = "lab",
         tier: Tier = Tier.external,
-    ) -> Person:  # fmt: skip
-        made = self.keys.create(tenant, tier, Role.researcher).principal
-        return Person(made, role, holder, project)
+    ) -> Principal:  # fmt: skip
+        """A new key in somebody's hand."""
+        return self.keys.create(tenant, tier, role, project=project, holder=holder).principal
 
     def sent(self, name: str = "rows", site: str = "resid_post", layer: int = 12, **more: Any) -> Sent:
         values = np.random.default_rng(len(name)).normal(size=(10, 64)).astype(np.float32)
@@ -130,21 +101,21 @@ class Room:
         asked = RaiseAsk(SECRET, owner or f"key:{self.author.key_id}", Limits(bits), REASON, CONTROLS)
         return replace(asked, **changes)
 
-    def submit(self, ask: ExportAsk | None = None, who: Person | None = None) -> Ticket:
+    def submit(self, ask: ExportAsk | None = None, who: Principal | None = None) -> Ticket:
         return self.airlock.submit(who or self.author, ask or self.rows())
 
     def look(self, ticket: Ticket) -> State:
         return self.airlock.show(self.bea, ticket.id).ticket.state
 
-    def agree(self, ticket: Ticket, *people: Person) -> Ticket:
+    def agree(self, ticket: Ticket, *people: Principal) -> Ticket:
         for one in people or (self.bea, self.cid):
             ticket = self.airlock.approve(one, ticket.id, ticket.digest)
         return ticket
 
-    def release(self, ticket: Ticket, who: Person | None = None) -> Any:
-        return self.airlock.release(who or self.author, ticket.id)  # type: ignore[arg-type]
+    def release(self, ticket: Ticket, who: Principal | None = None) -> Any:
+        return self.airlock.release(who or self.author, ticket.id)
 
-    def charged(self, who: Person | None = None) -> int:
+    def charged(self, who: Principal | None = None) -> int:
         """Bits charged to a key, all lineages together."""
         owner = f"key:{(who or self.author).key_id}"
         return sum(a.charged_bits for a in self.ledger.balances() if a.owner == owner)

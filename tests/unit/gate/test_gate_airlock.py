@@ -443,7 +443,7 @@ def test_a_project_has_so_many_undecided_requests(room: Room) -> None:
 def test_who_may_ask(room: Room) -> None:
     for role in (Role.auditor, Role.checker):
         refused("not_allowed", lambda r=role: room.submit(who=room.person("eve", r)))
-    refused("not_allowed", lambda: room.submit(who=room.person("", Role.researcher)))
+    refused("not_allowed", lambda: room.submit(who=replace(room.author, holder="")))
     refused("not_allowed", lambda: room.submit(who=room.person("eve", tier=Tier.open)))
     assert room.submit(room.rows(lineage=OPEN), room.person("eve", tier=Tier.open)).state is State.submitted
 
