@@ -210,15 +210,15 @@ def verify(connection: Connection, anchor: Head | None = None) -> list[str]:
         anchor: a head that was kept elsewhere and must still be part of the log.
     """
     last = START
-    for row in connection.execute(
-        select(LOG).order_by(LOG.c.seq).execution_options(yield_per=1000)
-    ).mappings():
-        wrong = _fault(row, last)
-        if wrong:
-            return [wrong]
-        last = Head(row["seq"], row["hash"])
-        if anchor is not None and anchor.seq == last.seq and anchor != last:
-            return [f"entry {last.seq} is not the one that was anchored: the log was rewritten"]
+    query = select(LOG).order_by(LOG.c.seq).execution_options(yield_per=1000)
+    with connection.execute(query) as rows:
+        for row in rows.mappings():
+            wrong = _fault(row, last)
+            if wrong:
+                return [wrong]
+            last = Head(row["seq"], row["hash"])
+            if anchor is not None and anchor.seq == last.seq and anchor != last:
+                return [f"entry {last.seq} is not the one that was anchored: the log was rewritten"]
     return _end_faults(last, head(connection), anchor)
 
 

@@ -1,8 +1,8 @@
 """Real processes that use one ledger: `start` runs this file as a program, under `python -O`.
 
 storm   reserve, settle, then append the emitted bits to an fsynced side file, until told to stop
-race    reserve and settle 10 bits at a time until the budget is gone
-full    let the disk fill up between reserve and settle
+race    fifty threads reserve and settle 10 bits at a time until the budget is gone
+full    let the disk fill up between reserve and settle; SQLite only
 """
 
 from __future__ import annotations
@@ -17,26 +17,33 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock, Thread
 from typing import Any
+
+from gate_places import Place
 
 import trocar
 from trocar.errors import TrocarError
 from trocar.gate.database import Database
 from trocar.gate.keys import Keys
 from trocar.gate.ledger import Ledger, Reservation
-from trocar.gate.policy import Lineage, Policy, Tier
+from trocar.gate.limits import Limits, Payer
+from trocar.gate.policy import Lineage, Tier
 
 LINE = 9
+THREADS = 50
+LIMIT = 1000
 LINEAGE = Lineage("base", 1_000_000, Tier.trusted)
 OPEN = Lineage("open", 1_000_000, None)
 
 
 @contextmanager
-def start(mode: str, path: Path, secret: str) -> Iterator[subprocess.Popen[str]]:
-    """A process on the ledger at `path`, killed at the end; it prints one line when it has begun."""
-    env = {**os.environ, "PYTHONPATH": str(Path(trocar.__file__).parents[1])}
-    command = [sys.executable, "-O", __file__, mode, str(path), secret]
+def start(mode: str, place: Place, secret: str) -> Iterator[subprocess.Popen[str]]:
+    """A process on the ledger at a place, killed at the end; it prints one line when it has begun."""
+    path = os.pathsep.join((str(Path(trocar.__file__).parents[1]), *sys.path))
+    command = [sys.executable, "-O", __file__, mode, place.url, str(place.folder), secret]
     pipe = subprocess.PIPE
+    env = {**os.environ, "PYTHONPATH": path}
     with subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
         try:
             yield process
@@ -44,32 +51,36 @@ def start(mode: str, path: Path, secret: str) -> Iterator[subprocess.Popen[str]]
             process.kill()
 
 
-def emitted_bits(path: Path) -> int:
+def emitted_bits(folder: Path) -> int:
     """Sum of the side file; a line cut off by a kill was not emitted."""
-    raw = _side(path).read_bytes()
+    raw = (folder / "emitted").read_bytes()
     return sum(int(raw[i : i + LINE]) for i in range(0, len(raw) - LINE + 1, LINE))
 
 
-def _side(path: Path) -> Path:
-    return path.with_name("emitted")
-
-
-def stop_file(path: Path) -> Path:
-    return path.with_name("stop")
+def stop_file(folder: Path) -> Path:
+    return folder / "stop"
 
 
 def _reserve(ledger: Ledger, who: Any, lineage: Lineage, bits: int) -> Reservation:
-    held = ledger.reserve(who, lineage, bits, request_digest="0" * 64)
+    limit = None if lineage is OPEN else LIMIT
+    held = ledger.reserve(
+        who,
+        lineage,
+        bits,
+        payers=(Payer(f"key:{who.key_id}", Limits(limit)), Payer("project:p", Limits(limit))),
+        limits=Limits(None if lineage is OPEN else 10_000),
+        request_digest="0" * 64,
+    )
     if not isinstance(held, Reservation):
         raise TypeError(held)
     return held
 
 
-def _storm(path: Path, ledger: Ledger, who: Any) -> None:
+def _storm(folder: Path, ledger: Ledger, who: Any) -> None:
     rng = random.Random()
-    side = os.open(_side(path), os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+    side = os.open(folder / "emitted", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
     print("begun", flush=True)
-    while not stop_file(path).exists():
+    while not stop_file(folder).exists():
         bits = rng.randint(1, 10_000)
         held = _reserve(ledger, who, OPEN, bits)
         time.sleep(0.005)  # the forward pass
@@ -79,24 +90,36 @@ def _storm(path: Path, ledger: Ledger, who: Any) -> None:
         os.fsync(side)
 
 
-def _race(_path: Path, ledger: Ledger, who: Any) -> None:
+def _race(_folder: Path, ledger: Ledger, who: Any) -> None:
     print("begun", flush=True)
     sys.stdin.readline()
-    total = 0
-    while True:
+    lock, codes, total = Lock(), [], 0
+
+    def take() -> None:
+        nonlocal total
         try:
-            held = _reserve(ledger, who, LINEAGE, 10)
+            while True:
+                held = _reserve(ledger, who, LINEAGE, 10)
+                time.sleep(0.005)  # the forward pass; without it one process takes everything in one turn
+                bits = ledger.settle(held, 10, b"").spent_bits
+                with lock:
+                    total += bits
         except TrocarError as e:
-            print(json.dumps({"code": e.code, "total": total}))
-            return
-        time.sleep(0.005)  # the forward pass; without it one process takes everything in one turn
-        total += ledger.settle(held, 10, b"").spent_bits
+            with lock:
+                codes.append(e.code)
+
+    threads = [Thread(target=take) for _ in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(json.dumps({"codes": codes, "total": total}))
 
 
-def _full(path: Path, ledger: Ledger, who: Any) -> None:
+def _full(folder: Path, ledger: Ledger, who: Any) -> None:
     held = _reserve(ledger, who, LINEAGE, 100)
     before, codes = ledger.head(), []
-    size = path.with_name(path.name + "-wal").stat().st_size
+    size = (folder / "ledger.db-wal").stat().st_size
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5000, hard))
     for act in (lambda: ledger.settle(held, 7, b""), lambda: _reserve(ledger, who, LINEAGE, 5)):
@@ -111,10 +134,11 @@ def _full(path: Path, ledger: Ledger, who: Any) -> None:
 
 
 def main() -> None:
-    mode, path, secret = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-    database = Database(f"sqlite:///{path}")
-    ledger = Ledger(database, Policy(overhead_bits=1))
-    {"storm": _storm, "race": _race, "full": _full}[mode](path, ledger, Keys(database).authenticate(secret))
+    mode, url, folder, secret = sys.argv[1:]
+    database = Database(url)
+    ledger = Ledger(database, overhead_bits=1)
+    act = {"storm": _storm, "race": _race, "full": _full}[mode]
+    act(Path(folder), ledger, Keys(database).authenticate(secret))
     database.close()
 
 
