@@ -1,4 +1,7 @@
-"""Real processes that use one ledger: `start` runs this file as a program, under `python -O`.
+"""Real processes that use one ledger: this file, run as a program under `python -O`.
+
+`start` runs one of them; a `Nest` is a process that has imported everything and forks them, for tests that
+need many: a start is then milliseconds.
 
 storm   reserve, settle, then append the emitted bits to an fsynced side file, until told to stop
 race    fifty threads reserve and settle 10 bits at a time until the budget is gone
@@ -11,11 +14,13 @@ import json
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
@@ -51,14 +56,71 @@ def start(mode: str, place: Place, secret: str) -> Iterator[subprocess.Popen[str
             process.kill()
 
 
+@dataclass
+class Nest:
+    """Forks processes on the ledger at a place; all of them end with the block."""
+
+    folder: Path
+    process: subprocess.Popen[str]
+    living: set[int] = field(default_factory=set)
+
+    def start(self, mode: str) -> int:
+        """The process id of a new one."""
+        pid = int(self._ask(mode))
+        self.living.add(pid)
+        return pid
+
+    def begun(self, pid: int) -> None:
+        """Waits until it has opened the ledger."""
+        end = time.monotonic() + 60
+        while not self.said(pid):
+            assert time.monotonic() < end, (self.folder / f"{pid}.err").read_text()
+            time.sleep(0.002)
+
+    def said(self, pid: int) -> list[str]:
+        out = self.folder / f"{pid}.out"
+        return out.read_text().splitlines() if out.exists() else []
+
+    def end(self, pid: int, *, kill: bool) -> tuple[int, str]:
+        """Its return code and what it complained about."""
+        if kill:
+            os.kill(pid, signal.SIGKILL)
+        code = int(self._ask(str(pid)))
+        self.living.discard(pid)
+        return code, (self.folder / f"{pid}.err").read_text()
+
+    def _ask(self, line: str) -> str:
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline()
+
+
+@contextmanager
+def nest(place: Place, secret: str) -> Iterator[Nest]:
+    """A nest whose processes use the ledger at a place."""
+    with start("nest", place, secret) as process:
+        made = Nest(place.folder, process)
+        try:
+            yield made
+        finally:
+            for pid in made.living:
+                os.kill(pid, signal.SIGKILL)
+
+
+def stop_file(folder: Path) -> Path:
+    """Where it is, a storm ends."""
+    return folder / "stop"
+
+
+def go_file(folder: Path) -> Path:
+    """Where it is, a race begins."""
+    return folder / "go"
+
+
 def emitted_bits(folder: Path) -> int:
     """Sum of the side file; a line cut off by a kill was not emitted."""
     raw = (folder / "emitted").read_bytes()
     return sum(int(raw[i : i + LINE]) for i in range(0, len(raw) - LINE + 1, LINE))
-
-
-def stop_file(folder: Path) -> Path:
-    return folder / "stop"
 
 
 def _reserve(ledger: Ledger, who: Any, lineage: Lineage, bits: int) -> Reservation:
@@ -90,9 +152,10 @@ def _storm(folder: Path, ledger: Ledger, who: Any) -> None:
         os.fsync(side)
 
 
-def _race(_folder: Path, ledger: Ledger, who: Any) -> None:
+def _race(folder: Path, ledger: Ledger, who: Any) -> None:
     print("begun", flush=True)
-    sys.stdin.readline()
+    while not go_file(folder).exists():
+        time.sleep(0.001)
     lock, codes, total = Lock(), [], 0
 
     def take() -> None:
@@ -133,13 +196,40 @@ def _full(folder: Path, ledger: Ledger, who: Any) -> None:
     print(json.dumps(told))
 
 
-def main() -> None:
-    mode, url, folder, secret = sys.argv[1:]
+MODES = {"storm": _storm, "race": _race, "full": _full}
+
+
+def _run(mode: str, url: str, folder: str, secret: str) -> None:
     database = Database(url)
     ledger = Ledger(database, overhead_bits=1)
-    act = {"storm": _storm, "race": _race, "full": _full}[mode]
-    act(Path(folder), ledger, Keys(database).authenticate(secret))
+    MODES[mode](Path(folder), ledger, Keys(database).authenticate(secret))
     database.close()
+
+
+def _nest(url: str, folder: str, secret: str) -> None:
+    """A line with a mode starts a process; a line with its number waits for its end."""
+    for line in sys.stdin:
+        word = line.strip()
+        if word in MODES:
+            pid = os.fork()
+            if pid == 0:
+                for stream, name in ((1, "out"), (2, "err")):
+                    file = os.open(f"{folder}/{os.getpid()}.{name}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+                    os.dup2(file, stream)
+                _run(word, url, folder, secret)
+                sys.stdout.flush()
+                os._exit(0)
+            print(pid, flush=True)
+        else:
+            print(os.waitstatus_to_exitcode(os.waitpid(int(word), 0)[1]), flush=True)
+
+
+def main() -> None:
+    mode, url, folder, secret = sys.argv[1:]
+    if mode == "nest":
+        _nest(url, folder, secret)
+    else:
+        _run(mode, url, folder, secret)
 
 
 if __name__ == "__main__":
