@@ -116,6 +116,25 @@ def start(connection: Connection) -> int:
     return int(found)
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which ledger this is.
+
+    Attributes:
+        ledger: random, made with the ledger; a copy has the same.
+        anchored: whether heads of it were ever written down in a second place.
+    """
+
+    ledger: str
+    anchored: bool
+
+
+def identity(connection: Connection) -> Identity:
+    """Which ledger this is."""
+    row = connection.execute(select(HEAD.c.ledger, HEAD.c.anchored)).one()
+    return Identity(row.ledger, bool(row.anchored))
+
+
 def head(connection: Connection) -> Head:
     """The end of the log."""
     row = connection.execute(select(HEAD.c.seq, HEAD.c.hash)).one()
