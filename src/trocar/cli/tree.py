@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from trocar import __version__, errors
-from trocar.cli import airlock, key, ledger, model
+from trocar.cli import airlock, audit, key, ledger, model
 from trocar.cli.demonstrate import demo
 from trocar.cli.doctor import doctor
 from trocar.cli.ops import ops
@@ -53,6 +53,7 @@ def command() -> Any:
         key.revoke,
     )
     _noun(root, "ledger", "Budgets and the hash-chained log.", ledger.show_, ledger.verify, ledger.log)
+    _noun(root, "audit", "Checks of the log, and its anchors.", audit.verify, audit.log, audit.anchor)
     _noun(
         root,
         "airlock",

@@ -48,10 +48,11 @@ def differences(connection: Connection) -> list[str]:
     """
     books = _Books()
     entries = select(LOG).order_by(LOG.c.seq).execution_options(**_STREAM)
-    for entry in connection.execute(entries).mappings():
-        wrong = _enter(books, entry)
-        if wrong:
-            return [wrong]
+    with connection.execute(entries) as rows:
+        for entry in rows.mappings():
+            wrong = _enter(books, entry)
+            if wrong:
+                return [wrong]
     return [
         *_compare("key", books.keys, _keys(connection)),
         *_compare("token root", books.token_roots, _timeless(connection, TOKEN_ROOTS, "made_ms")),

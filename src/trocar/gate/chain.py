@@ -119,6 +119,25 @@ def start(connection: Connection) -> int:
     return int(found)
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which ledger this is.
+
+    Attributes:
+        ledger: random, made with the ledger; a copy has the same.
+        anchored: whether heads of it were ever written down in a second place.
+    """
+
+    ledger: str
+    anchored: bool
+
+
+def identity(connection: Connection) -> Identity:
+    """Which ledger this is."""
+    row = connection.execute(select(HEAD.c.ledger, HEAD.c.anchored)).one()
+    return Identity(row.ledger, bool(row.anchored))
+
+
 def head(connection: Connection) -> Head:
     """The end of the log."""
     row = connection.execute(select(HEAD.c.seq, HEAD.c.hash)).one()
@@ -213,15 +232,15 @@ def verify(connection: Connection, anchor: Head | None = None) -> list[str]:
         anchor: a head that was kept elsewhere and must still be part of the log.
     """
     last = START
-    for row in connection.execute(
-        select(LOG).order_by(LOG.c.seq).execution_options(yield_per=1000)
-    ).mappings():
-        wrong = _fault(row, last)
-        if wrong:
-            return [wrong]
-        last = Head(row["seq"], row["hash"])
-        if anchor is not None and anchor.seq == last.seq and anchor != last:
-            return [f"entry {last.seq} is not the one that was anchored: the log was rewritten"]
+    query = select(LOG).order_by(LOG.c.seq).execution_options(yield_per=1000)
+    with connection.execute(query) as rows:
+        for row in rows.mappings():
+            wrong = _fault(row, last)
+            if wrong:
+                return [wrong]
+            last = Head(row["seq"], row["hash"])
+            if anchor is not None and anchor.seq == last.seq and anchor != last:
+                return [f"entry {last.seq} is not the one that was anchored: the log was rewritten"]
     return _end_faults(last, head(connection), anchor)
 
 

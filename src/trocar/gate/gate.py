@@ -146,6 +146,7 @@ class Gate:
         )
 
     def close(self) -> None:
+        self.ledger.close()
         self._database.close()
 
     def _payers(self, principal: Principal, lineage: Lineage) -> tuple[Payer, ...]:

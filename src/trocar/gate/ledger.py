@@ -18,6 +18,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
 from sqlalchemy import Connection
@@ -25,6 +26,7 @@ from sqlalchemy import Connection
 from trocar import errors
 from trocar.gate import accounts, audit, chain, exposures, keys, reservations
 from trocar.gate.accounts import Account, Balance
+from trocar.gate.anchors import Anchors, require_none
 from trocar.gate.chain import Entry, Head, Kind
 from trocar.gate.database import Database, unavailable
 from trocar.gate.exposures import Exposure
@@ -50,18 +52,34 @@ class Ledger:
         overhead_bits: nothing is admitted or charged below this.
         clock: milliseconds since 1970; fixes the days of daily windows. A day once begun is never begun again,
             whatever the clock says later.
+        anchors: folder where heads of the log are written down; a ledger that once had one needs it again.
 
     Raises:
-        ServerFault: `ledger_unavailable`, from every method; nothing may be emitted then.
+        ServerFault: `ledger_unavailable`, from every method; nothing may be emitted then. `ledger_rolled_back`
+            when it is not the one that was anchored.
     """
 
     def __init__(
-        self, database: Database, *, overhead_bits: int = 256, clock: Callable[[], int] = chain.now_ms
+        self,
+        database: Database,
+        *,
+        overhead_bits: int = 256,
+        clock: Callable[[], int] = chain.now_ms,
+        anchors: Path | None = None,
     ) -> None:
         self._database = database
         self._overhead_bits = whole_bits(overhead_bits, "overhead_bits")
         self._clock = clock
+        self._anchors = None if anchors is None else Anchors(database, anchors, self._now_ms)
+        if anchors is None:
+            with database.read() as connection:
+                require_none(connection)
         self.recover()
+
+    def close(self) -> None:
+        """Writes the last head to the anchors; the database stays open. Idempotent."""
+        if self._anchors is not None:
+            self._anchors.close()
 
     def declare(self, lineage: Lineage, limits: Limits) -> None:
         """Enters a lineage at start-up, so that a changed size is found before the first request.
@@ -111,6 +129,8 @@ class Ledger:
         whole_bits(bits, "bits", least=max(1, self._overhead_bits))
         _check_words(request_digest, idempotency_key, request_id)
         every = with_everyone(payers, limits)
+        if self._anchors is not None:
+            self._anchors.require_kept()
         ask = Ask(principal.key_id, lineage.name, bits, request_digest, idempotency_key, request_id)
         while True:
             with self._write() as (connection, now_ms):
@@ -325,6 +345,9 @@ class Ledger:
         """One transaction, and the time of all that happens in it."""
         with self._database.write() as connection:
             yield connection, self._now_ms()
+            seq = 0 if self._anchors is None else chain.head(connection).seq
+        if self._anchors is not None:
+            self._anchors.wrote(seq)
 
     def _now_ms(self) -> int:
         now_ms = self._clock()
