@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
+MAX_BLOCKS: Final = 16
 _AUTHORITY: Final = 0x12
 _BLOCK: Final = 0x1A
 _PROOF: Final = 0x22
@@ -25,7 +26,7 @@ def count(raw: bytes) -> int:
     """The number of signed blocks.
 
     Raises:
-        ValueError: the bytes are not exactly a chain of blocks signed with Ed25519.
+        ValueError: the bytes are not exactly a chain of at most `MAX_BLOCKS` blocks signed with Ed25519.
     """
     authority, at = _take(raw, 0, _AUTHORITY)
     _require_signed(authority)
@@ -36,6 +37,8 @@ def count(raw: bytes) -> int:
         blocks += 1
     proof, at = _take(raw, at, _PROOF)
     secret, end = _take(proof, 0, 0x0A)
+    if blocks > MAX_BLOCKS:
+        raise ValueError(f"there are {blocks} blocks; {MAX_BLOCKS} are the most")
     if at != len(raw) or end != len(proof) or len(secret) != 32:
         raise ValueError("the chain does not end with one secret")
     return blocks
