@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from airlock_room import DAY_MS, OPEN, OVERHEAD, SECRET, Room
+from gate_places import Place
 from safetensors.numpy import load
 
 from trocar.errors import TrocarError
+from trocar.gate.airlock import Airlock
 from trocar.gate.airlock_desk import OPEN as UNDECIDED
 from trocar.gate.airlock_desk import Rules
 from trocar.gate.airlock_states import Standing, State
@@ -28,12 +29,21 @@ PRICE = 8 * 10 * (2 + 64) + OVERHEAD
 
 
 @pytest.fixture
-def room(tmp_path: Path) -> Iterator[Room]:
-    opened = Room(f"sqlite:///{tmp_path / 'ledger.db'}")
+def room(somewhere: Place) -> Iterator[Room]:
+    """In each kind of database; the books are in order at the end."""
+    opened = Room(somewhere.url)
     yield opened
     found = [*opened.ledger.check(), *opened.airlock.check()]
     opened.database.close()
     assert found == []
+
+
+@pytest.fixture
+def file_room(anywhere: Place) -> Iterator[Room]:
+    """In a file, for what is decided before a database is asked."""
+    opened = Room(anywhere.url)
+    yield opened
+    opened.database.close()
 
 
 def refused(code: str, act: Any) -> TrocarError:
@@ -137,7 +147,7 @@ def test_one_reviewer_is_not_enough(room: Room) -> None:
     assert room.charged() == 0
 
 
-def test_more_reviewers_when_the_policy_says_so(room: Room, tmp_path: Path) -> None:
+def test_more_reviewers_when_the_policy_says_so(room: Room) -> None:
     room.rules = Rules(approvers=3)
     room.crash()
     ticket = room.agree(room.submit())
@@ -146,9 +156,9 @@ def test_more_reviewers_when_the_policy_says_so(room: Room, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("role", [Role.researcher, Role.operator, Role.auditor, Role.agent])
-def test_only_checkers_and_owners_approve(room: Room, role: Role) -> None:
-    ticket = room.submit()
-    refused("not_allowed", lambda: room.agree(ticket, room.person("eve", role)))
+def test_only_checkers_and_owners_approve(file_room: Room, role: Role) -> None:
+    ticket = file_room.submit()
+    refused("not_allowed", lambda: file_room.agree(ticket, file_room.person("eve", role)))
 
 
 def test_an_agents_key_never_approves_whatever_its_role(room: Room) -> None:
@@ -403,31 +413,32 @@ def test_open_weights_have_no_ends_to_keep(room: Room) -> None:
         {"fingerprint": "sha\x00"},
     ],
 )
-def test_text_that_moves_a_terminal_is_refused(room: Room, change: dict[str, str]) -> None:
-    refused("bad_value", lambda: room.submit(replace(room.rows(), **change)))
-    assert room.airlock.list(room.author) == ()
+def test_text_that_moves_a_terminal_is_refused(file_room: Room, change: dict[str, str]) -> None:
+    refused("bad_value", lambda: file_room.submit(replace(file_room.rows(), **change)))
+    assert file_room.airlock.list(file_room.author) == ()
 
 
 @pytest.mark.parametrize(
     "values",
     [np.zeros((2, 2, 2), np.float32), np.zeros(0, np.float32), np.zeros((2, 2)), np.zeros((), np.float32)],
 )
-def test_what_is_no_rows_is_refused(room: Room, values: Any) -> None:
-    refused("bad_value", lambda: room.submit(room.rows(room.sent(values=values))))
+def test_what_is_no_rows_is_refused(file_room: Room, values: Any) -> None:
+    refused("bad_value", lambda: file_room.submit(file_room.rows(file_room.sent(values=values))))
 
 
-def test_numbers_that_are_none_fail_the_checks(room: Room) -> None:
+def test_numbers_that_are_none_fail_the_checks(file_room: Room) -> None:
     values = np.ones((2, 3), np.float32)
     values[1, 2] = np.nan
-    error = refused("export_refused", lambda: room.submit(room.rows(room.sent(values=values))))
+    error = refused("export_refused", lambda: file_room.submit(file_room.rows(file_room.sent(values=values))))
     assert error.reason.startswith("not_finite")
 
 
-def test_numbers_without_a_scale_are_refused(room: Room) -> None:
+def test_numbers_without_a_scale_are_refused(file_room: Room) -> None:
     refused(
-        "rows_not_finite", lambda: room.submit(room.rows(room.sent(values=np.full((1, 2), 1e30, np.float32))))
+        "rows_not_finite",
+        lambda: file_room.submit(file_room.rows(file_room.sent(values=np.full((1, 2), 1e30, np.float32)))),
     )
-    assert room.airlock.list(room.author) == ()
+    assert file_room.airlock.list(file_room.author) == ()
 
 
 def test_a_project_has_so_many_undecided_requests(room: Room) -> None:
@@ -438,6 +449,25 @@ def test_a_project_has_so_many_undecided_requests(room: Room) -> None:
     room.submit(who=room.person("zoe", project="other"))
     room.airlock.withdraw(room.author, first.id)
     assert room.submit().state in UNDECIDED
+
+
+def test_what_is_not_exactly_the_key_does_nothing(room: Room) -> None:
+    ticket = room.submit()
+    forged = replace(room.author, role=Role.owner, holder="zed", project="board")
+    refused("bad_key", lambda: room.agree(ticket, forged))
+    refused("bad_key", lambda: room.submit(who=forged))
+
+
+def test_without_terms_of_a_policy_the_strict_ones_hold(room: Room) -> None:
+    plain = Airlock(room.database, room.ledger, room.signing, room.paying, clock=room.clock)
+    refused("export_refused", lambda: plain.submit(room.author, room.rows(room.sent(layer=1))))
+    assert plain.submit(room.author, room.rows()).request.price_bits == PRICE
+
+
+@pytest.mark.parametrize("change", [{"name": "a\x1b[2J"}, {"name": "x" * 201}, {"texts": ("ok", "\u202e")}])
+def test_names_that_move_a_terminal_are_not_even_kept(file_room: Room, change: dict[str, Any]) -> None:
+    refused("bad_value", lambda: file_room.submit(file_room.rows(replace(file_room.sent(), **change))))
+    assert file_room.airlock.list(file_room.author) == ()
 
 
 def test_who_may_ask(room: Room) -> None:
@@ -548,12 +578,21 @@ def test_who_asks_for_a_raise_never_approves_it(room: Room) -> None:
     refused("airlock_state", lambda: room.airlock.apply(room.boss, ticket.id))
 
 
-def test_a_researcher_asks_for_the_own_key_or_project(room: Room) -> None:
-    for owner in ("*", f"key:{room.bea.key_id}", "project:other"):
-        refused("not_allowed", lambda o=owner: room.airlock.submit_raise(room.author, room.raised(owner=o)))
-    refused("bad_value", lambda: room.airlock.submit_raise(room.author, room.raised(owner="nobody")))
-    for owner in (f"key:{room.author.key_id}", "project:probe"):
-        assert room.airlock.submit_raise(room.author, room.raised(owner=owner)).state is State.submitted
+def test_a_researcher_asks_for_the_own_key_or_project(file_room: Room) -> None:
+    for owner in ("*", f"key:{file_room.bea.key_id}", "project:other"):
+        refused(
+            "not_allowed",
+            lambda o=owner: file_room.airlock.submit_raise(file_room.author, file_room.raised(owner=o)),
+        )
+    refused(
+        "bad_value",
+        lambda: file_room.airlock.submit_raise(file_room.author, file_room.raised(owner="nobody")),
+    )
+    for owner in (f"key:{file_room.author.key_id}", "project:probe"):
+        assert (
+            file_room.airlock.submit_raise(file_room.author, file_room.raised(owner=owner)).state
+            is State.submitted
+        )
 
 
 def test_a_raise_that_the_ledger_refuses_changes_nothing(room: Room) -> None:
@@ -585,9 +624,9 @@ def test_an_approval_lifts_no_cap(room: Room) -> None:
     assert room.charged() <= room.budget_bits
 
 
-def test_an_artifact_of_an_optimiser_never_leaves(room: Room) -> None:
-    part = replace(room.probe().parts[0], origin=Origin.optimiser, site=Site("resid_post", 12))
-    refused("export_refused", lambda: room.submit(room.probe(parts=(part,), lineage=OPEN)))
+def test_an_artifact_of_an_optimiser_never_leaves(file_room: Room) -> None:
+    part = replace(file_room.probe().parts[0], origin=Origin.optimiser, site=Site("resid_post", 12))
+    refused("export_refused", lambda: file_room.submit(file_room.probe(parts=(part,), lineage=OPEN)))
 
 
 @pytest.mark.parametrize(

@@ -12,21 +12,22 @@ from typing import Any
 
 import pytest
 from airlock_room import Room
+from gate_places import Place
 
 from trocar.errors import TrocarError
 from trocar.gate.airlock_records import Ticket
 
 
 @pytest.fixture
-def room(tmp_path: Path) -> Iterator[Room]:
-    opened = Room(f"sqlite:///{tmp_path / 'ledger.db'}")
+def room(anywhere: Place) -> Iterator[Room]:
+    opened = Room(anywhere.url)
     yield opened
     opened.database.close()
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "ledger.db"
+def path(anywhere: Place) -> Path:
+    return anywhere.path
 
 
 def sql(path: Path, statement: str, *values: Any) -> list[Any]:
