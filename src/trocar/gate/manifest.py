@@ -105,6 +105,11 @@ class SigningKey:
         self._private = Ed25519PrivateKey.from_private_bytes(raw)
 
     @classmethod
+    def made(cls) -> SigningKey:
+        """A new key that is kept nowhere."""
+        return cls(Ed25519PrivateKey.generate().private_bytes_raw())
+
+    @classmethod
     def in_folder(cls, folder: Path) -> SigningKey:
         """The key kept in `folder`; made there, once, when there is none.
 
