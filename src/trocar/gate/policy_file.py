@@ -15,7 +15,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from trocar import errors
-from trocar.gate.policy import Policy
+from trocar.gate.policy import Policy, Project
 
 
 def read(text: str) -> Policy:
@@ -26,7 +26,7 @@ def read(text: str) -> Policy:
     """
     try:
         found = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
+    except (ValueError, RecursionError) as e:  # also a number, or brackets, without an end
         raise errors.refuse("bad_policy", "$", f"the file is not TOML: {e}") from None
     try:
         return Policy.model_validate_json(json.dumps(found, default=str))
@@ -39,10 +39,14 @@ def _fault(found: Any) -> errors.Refusal:
     path = ".".join(str(part) for part in found["loc"])
     near = None
     if found["type"] == "extra_forbidden":
-        near = errors.closest(
-            str(found["loc"][-1]), {name.rpartition(".")[2] for name, _ in settings(Policy())}
-        )
+        near = errors.closest(str(found["loc"][-1]), _words())
     return errors.refusal("bad_policy", path or "$", str(found["msg"]), closest=near)
+
+
+def _words() -> set[str]:
+    """Every name that may stand in a file: of a part, a tier or a setting."""
+    places = {name for name, _ in settings(Policy(projects={"x": Project()}))}
+    return {word for place in places for word in place.split(".")} - {"x"}
 
 
 def settings(policy: Policy) -> Iterator[tuple[str, Any]]:
