@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any
 
@@ -24,11 +25,7 @@ def least_scale(most: float) -> Fraction:
     """The smallest number of nine significant binary digits that is not below `most`, counted by hand."""
     if most == 0 or most < 2.0**-100:
         return Fraction(0)
-    unit = Fraction(1)
-    while Fraction(most) / unit > 511:
-        unit *= 2
-    while Fraction(most) / unit <= Fraction(511, 2):
-        unit /= 2
+    unit = Fraction(2) ** (math.frexp(most)[1] - 9)
     return -(-Fraction(most) // unit) * unit
 
 
@@ -145,7 +142,8 @@ def test_other_widths_are_refused(bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "width", "bits"), [(b"abc", 4, 8), (b"abc", 3, 4), (b"abc", 1, 16), (b"a", 0, 8), (b"abc", 1, 32)]
+    ("data", "width", "bits"),
+    [(b"abc", 4, 8), (b"abc", 3, 4), (b"abc", 1, 16), (b"a", 0, 8), (b"abc", 1, 32)],
 )
 def test_bytes_that_are_not_whole_rows_are_refused(data: bytes, width: int, bits: int) -> None:
     with pytest.raises(errors.ServerFault) as caught:
