@@ -1,5 +1,6 @@
 """From arrays to an answer: each output rebuilt by hand, tails dropped, and a worker's lies refused."""
 
+# ruff: noqa: E501 - tables of cases, one a line
 from __future__ import annotations
 
 import base64

@@ -1,5 +1,6 @@
 """Numbers as they leave: near, in order, never clipped, and a function of nothing but the charged bits."""
 
+# ruff: noqa: E501 - tables of cases, one a line
 from __future__ import annotations
 
 import math

@@ -1,5 +1,6 @@
 """What a worker may hand over: exactly the arrays that follow from the program, and lengths that are possible."""
 
+# ruff: noqa: E501 - tables of cases, one a line
 from __future__ import annotations
 
 import math
