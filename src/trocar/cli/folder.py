@@ -45,6 +45,11 @@ class Folder:
         return self.root / "store"
 
     @property
+    def token_root(self) -> Path:
+        """The secret that signs first tokens; see `gate/tokens.py`."""
+        return self.root / "tokens.key"
+
+    @property
     def ledger_url(self) -> str:
         return f"sqlite:///{self.ledger}"
 

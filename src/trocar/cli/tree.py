@@ -43,7 +43,15 @@ def command() -> Any:
     root.command()(serve)
     root.command()(demo)
     _noun(root, "model", "Models on this machine.", model.pull, model.list_, model.show_)
-    _noun(root, "key", "API keys: tenants, tiers, roles.", key.create, key.list_, key.revoke)
+    _noun(
+        root,
+        "key",
+        "API keys: tenants, tiers, roles; and tokens.",
+        key.create,
+        key.attenuate,
+        key.list_,
+        key.revoke,
+    )
     _noun(root, "ledger", "Budgets and the hash-chained log.", ledger.show_, ledger.verify, ledger.log)
     root.command()(ops)
     root.command()(doctor)

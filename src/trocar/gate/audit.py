@@ -15,7 +15,15 @@ from sqlalchemy import Connection, RowMapping, Table, and_, select
 
 from trocar.gate.accounts import EVERYONE
 from trocar.gate.chain import Kind
-from trocar.gate.tables import ACCOUNTS, KEYS, LINEAGES, LOG, RESERVATIONS
+from trocar.gate.tables import (
+    ACCOUNTS,
+    KEYS,
+    LINEAGES,
+    LOG,
+    RESERVATIONS,
+    REVOKED_TOKENS,
+    TOKEN_ROOTS,
+)
 
 _Rows: TypeAlias = dict[tuple[Any, ...], dict[str, Any]]
 _STREAM: Final = {"yield_per": 1000}
@@ -34,6 +42,8 @@ def differences(connection: Connection) -> list[str]:
         _enter(books, entry)
     return [
         *_compare("key", books.keys, _keys(connection)),
+        *_compare("token root", books.token_roots, _timeless(connection, TOKEN_ROOTS, "made_ms")),
+        *_compare("revoked token", books.revoked_tokens, _timeless(connection, REVOKED_TOKENS, "revoked_ms")),
         *_compare("lineage", books.lineages, _rows(connection, LINEAGES, 1)),
         *_compare("account", books.accounts, _rows(connection, ACCOUNTS, 2)),
         *_reservations(connection),
@@ -45,6 +55,8 @@ class _Books:
     """The tables as the entries imply them, by primary key."""
 
     keys: _Rows = field(default_factory=dict)
+    token_roots: _Rows = field(default_factory=dict)
+    revoked_tokens: _Rows = field(default_factory=dict)
     lineages: _Rows = field(default_factory=dict)
     accounts: _Rows = field(default_factory=dict)
 
@@ -57,6 +69,12 @@ def _enter(books: _Books, entry: RowMapping) -> None:
             books.keys[key_id,] = {**detail, "secret_sha256": entry["digest"], "revoked": False}
         case Kind.key_revoked:
             books.keys[key_id,]["revoked"] = True
+        case Kind.root_made:
+            books.token_roots[entry["digest"],] = {}
+        case Kind.minted:
+            pass  # a token is in no table: whoever has one proves by its signature that it was made
+        case Kind.block_revoked:
+            books.revoked_tokens[detail["token_id"],] = {}
         case Kind.lineage_declared:
             books.lineages[lineage,] = detail
         case Kind.account_opened:
@@ -73,6 +91,13 @@ def _keys(connection: Connection) -> _Rows:
     for row in rows.values():
         del row["created_ms"]
         row["revoked"] = row.pop("revoked_ms") is not None
+    return rows
+
+
+def _timeless(connection: Connection, table: Table, time: str) -> _Rows:
+    rows = _rows(connection, table, 1)
+    for row in rows.values():
+        del row[time]
     return rows
 
 

@@ -29,6 +29,9 @@ class Kind(StrEnum):
 
     key_created = "key_created"
     key_revoked = "key_revoked"
+    root_made = "root_made"
+    minted = "minted"
+    block_revoked = "block_revoked"
     lineage_declared = "lineage_declared"
     account_opened = "account_opened"
     admitted = "admitted"

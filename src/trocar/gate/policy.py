@@ -44,10 +44,20 @@ class Tier(StrEnum):
 
 
 class Role(StrEnum):
-    """What a key may do besides running programs; an operator also mints and revokes keys."""
+    """What a key may do; the table is in `roles.py`."""
 
-    researcher = "researcher"
+    owner = "owner"
+    """Answers for the server: everything an operator and a checker may, and the policy."""
+    checker = "checker"
+    """Reviews what waits in the airlock; runs nothing."""
     operator = "operator"
+    """Runs the server: makes and ends keys, sees the engine's counters and the log."""
+    auditor = "auditor"
+    """Reads the log and nothing else."""
+    researcher = "researcher"
+    """Runs programs."""
+    agent = "agent"
+    """Runs programs, unattended."""
 
 
 def whole_bits(value: int, name: str, *, least: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""The gate's tables: six kinds of row, no behaviour.
+"""The gate's tables: rows and no behaviour.
 
 `log` is the truth; the other tables are what it adds up to, kept so that a budget can be checked in one
 look-up. The CHECK constraints repeat what the code enforces: a second line, held by the database itself.
@@ -23,7 +23,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 METADATA: Final = MetaData()
 _Whole: Final = BigInteger().with_variant(Integer, "sqlite")  # makes `seq` SQLite's row id
 
@@ -34,10 +34,28 @@ KEYS: Final = Table(
     Column("tenant", String(64), nullable=False),
     Column("tier", String(16), nullable=False),
     Column("role", String(16), nullable=False),
+    Column("project", String(64), nullable=False),
+    Column("holder", String(254), nullable=False),
+    Column("scope", String, nullable=False),
+    Column("made_by", String(16), nullable=False),
     Column("note", String(200), nullable=False),
     Column("secret_sha256", String(64), nullable=False),
     Column("created_ms", _Whole, nullable=False),
     Column("revoked_ms", _Whole),
+)
+
+TOKEN_ROOTS: Final = Table(
+    "token_roots",
+    METADATA,
+    Column("public_key", String(64), primary_key=True),
+    Column("made_ms", _Whole, nullable=False),
+)
+
+REVOKED_TOKENS: Final = Table(
+    "revoked_tokens",
+    METADATA,
+    Column("token_id", String(32), primary_key=True),
+    Column("revoked_ms", _Whole, nullable=False),
 )
 
 LINEAGES: Final = Table(
