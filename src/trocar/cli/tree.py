@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from trocar import __version__, errors
-from trocar.cli import key, ledger, model
+from trocar.cli import airlock, audit, key, ledger, model
 from trocar.cli.demonstrate import demo
 from trocar.cli.doctor import doctor
 from trocar.cli.ops import ops
@@ -53,6 +53,20 @@ def command() -> Any:
         key.revoke,
     )
     _noun(root, "ledger", "Budgets and the hash-chained log.", ledger.show_, ledger.verify, ledger.log)
+    _noun(root, "audit", "Checks of the log, and its anchors.", audit.verify, audit.log, audit.anchor)
+    _noun(
+        root,
+        "airlock",
+        "Requests to let rows and artifacts out, and to raise limits.",
+        airlock.list_,
+        airlock.show_,
+        airlock.sign,
+        airlock.approve,
+        airlock.reject,
+        airlock.withdraw,
+        airlock.apply,
+        airlock.verify,
+    )
     root.command()(ops)
     root.command()(doctor)
     return typer.main.get_command(root)

@@ -105,14 +105,22 @@ class Scope:
             AuthError: `bad_key` when it has expired: the answer that an unknown key gets.
             PolicyRefusal: `out_of_scope`.
         """
-        if self.expires_ms is not None and now_ms >= self.expires_ms:
-            raise bad_key()
+        self.require_alive(now_ms)
         asked = {"models": {"model": model}, "ops": _at(ops, "ops"), "sites": _at(sites, "sites")}
         for part in _PARTS:
             _require_words(part, asked[part], getattr(self, part))
         if self.most_bits is not None and bits > self.most_bits:
             reason = f"the request may release {bits} bits; the credential's scope allows {self.most_bits}"
             raise errors.refuse("out_of_scope", "bits", reason, closest=str(self.most_bits))
+
+    def require_alive(self, now_ms: int) -> None:
+        """Refuses a scope that has expired.
+
+        Raises:
+            AuthError: `bad_key`: the answer that an unknown key gets.
+        """
+        if self.expires_ms is not None and now_ms >= self.expires_ms:
+            raise bad_key()
 
     def require_short(self) -> None:
         """Refuses a scope that nobody should write down: a part with more than `MAX_WORDS` words, or with none.

@@ -28,7 +28,8 @@ def test_a_new_key_authenticates_as_what_it_was_made(gate: Room) -> None:
     assert re.fullmatch(rf"trk_{who.key_id}_[A-Za-z0-9_-]{{43}}", made.secret)
 
 
-def test_the_secret_is_shown_once_and_stored_nowhere(gate: Room) -> None:
+def test_the_secret_is_shown_once_and_stored_nowhere(file_gate: Room) -> None:
+    gate = file_gate
     made = gate.keys.create("lab", Tier.trusted, Role.researcher)
     random_part = made.secret.split("_", 2)[2]
     assert random_part not in repr(made) + str(made) + repr(gate.keys.list()) + repr(gate.ledger.entries())
@@ -97,7 +98,8 @@ def test_tenants_and_notes_keep_to_their_grammar(gate: Room, tenant: str, note: 
     assert gate.keys.list() == ()
 
 
-def test_the_files_are_closed_to_other_users(gate: Room) -> None:
+def test_the_files_are_closed_to_other_users(file_gate: Room) -> None:
+    gate = file_gate
     gate.key()
     found = {p.name: p.stat().st_mode & 0o077 for p in gate.path.parent.rglob("*")}
     assert len(found) >= 4
@@ -111,7 +113,8 @@ def test_keys_of_one_operator_are_listed_oldest_first(gate: Room) -> None:
     assert [r.created_ms for r in listed] == sorted(r.created_ms for r in listed)
 
 
-def test_the_database_holds_one_row_per_key(gate: Room) -> None:
+def test_the_database_holds_one_row_per_key(file_gate: Room) -> None:
+    gate = file_gate
     gate.key()
     with sqlite3.connect(gate.path) as raw:
         assert raw.execute("SELECT count(*) FROM keys").fetchone() == (1,)
