@@ -46,9 +46,11 @@ def directions(checked: Checked, contents: Mapping[str, str], request: str) -> I
         known[node.id] = part = _part(node, known, contents, checked)
         if isinstance(node, ops.Score):
             value = checked.values[node.of]
-            digest = _sha256([request, node.id]) if part.free else part.digest
+            digest, rank = part.digest, part.rank
+            if part.free:  # of these rows only
+                digest, rank = _sha256([request, node.id]), min(rank, _rows(value, checked))
             for site in value.sites:
-                yield Direction(str(site), digest, min(part.rank, _rows(value, checked)))
+                yield Direction(str(site), digest, rank)
         if isinstance(node, ops.Raw):
             for ref in node.of:
                 value = checked.values[ref]

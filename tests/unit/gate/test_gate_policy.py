@@ -14,11 +14,10 @@ from pydantic import ValidationError
 
 from trocar.errors import ProgramError, Refusal, TrocarError
 from trocar.gate import policy_file
+from trocar.gate.limits import MAX_BITS, Limits, whole_bits
 from trocar.gate.policy import (
-    MAX_BITS,
     UNCAPPED,
     Data,
-    Limits,
     Lineage,
     Outputs,
     People,
@@ -27,7 +26,6 @@ from trocar.gate.policy import (
     Tier,
     Tiers,
     TierTerms,
-    whole_bits,
 )
 from trocar.graph.cost import Prices
 from trocar.graph.labels import FREE, STRICT, Rules
@@ -277,6 +275,20 @@ def test_a_fault_is_refused_with_its_place(text: str, path: str, near: str | Non
     found = faults(text)
     assert [(f.path, f.closest) for f in found] == [(path, near)]
     assert found[0].reason
+
+
+@pytest.mark.parametrize("policy", [Policy(), policy_file.read(WHOLE)])
+def test_json_is_read_as_strictly(policy: Policy) -> None:
+    assert policy_file.from_json(policy.model_dump_json()) == policy
+    for text, path in (
+        ("{", "$"),
+        ("[]", "$"),
+        ('{"version": 3}', "version"),
+        ('{"data": {"x": 1}}', "data.x"),
+    ):
+        with pytest.raises(ProgramError, match="bad_policy") as caught:
+            policy_file.from_json(text)
+        assert [f.path for f in caught.value.refusals] == [path]
 
 
 def test_every_fault_is_told_at_once_up_to_twenty() -> None:
