@@ -111,7 +111,7 @@ _OPEN: Final = TierTerms(scalar_bits=32, vector_bits=32, raw="direct", guarded=F
 _TIERS: Final[Mapping[Tier, TierTerms]] = {
     Tier.open: _OPEN,
     Tier.trusted: TierTerms(
-        life_ppm=10_000, day_ppm=1_000, scalar_bits=16, vector_bits=8, rank_ppm=250_000, tick_ms=0
+        life_ppm=10_000, day_ppm=1_000, scalar_bits=16, vector_bits=8, rank_ppm=250_000, tick_ms=20
     ),
     Tier.external: TierTerms(life_ppm=1_000, day_ppm=250, rank_ppm=100_000, tick_ms=100),
     Tier.agent: TierTerms(life_ppm=100, day_ppm=25, vector_bits=4, rank_ppm=25_000, tick_ms=100),

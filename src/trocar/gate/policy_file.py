@@ -16,7 +16,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from trocar import errors
-from trocar.gate.policy import Airlock, Data, Outputs, People, Policy, Settings, Tiers, TierTerms
+from trocar.gate.policy import Airlock, Data, Outputs, People, Policy, Project, Settings, Tiers, TierTerms
 from trocar.strict import Strict
 
 
@@ -28,7 +28,7 @@ def read(text: str) -> Policy:
     """
     try:
         found = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
+    except (ValueError, RecursionError) as e:  # also a number, or brackets, without an end
         raise errors.refuse("bad_policy", "$", f"the file is not TOML: {e}") from None
     return from_json(json.dumps(found, default=str))
 
@@ -50,9 +50,7 @@ def _fault(found: Any) -> errors.Refusal:
     path = ".".join(str(part) for part in found["loc"])
     near = None
     if found["type"] == "extra_forbidden":
-        near = errors.closest(
-            str(found["loc"][-1]), {name.rpartition(".")[2] for name, _ in settings(Policy())}
-        )
+        near = errors.closest(str(found["loc"][-1]), _words())
     return errors.refusal("bad_policy", path or "$", str(found["msg"]), closest=near)
 
 
@@ -107,6 +105,12 @@ _PARTS: Final[Mapping[str, type[Strict]]] = {
     "outputs": Outputs,
     "outputs.airlock": Airlock,
 }
+
+
+def _words() -> set[str]:
+    """Every name that may stand in a file: of a part, a tier or a setting."""
+    places = {name for name, _ in settings(Policy(projects={"x": Project()}))}
+    return {word for place in places for word in place.split(".")} - {"x"}
 
 
 def settings(policy: Policy) -> Iterator[tuple[str, Any]]:
