@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from trocar import __version__, errors
-from trocar.cli import key, ledger, model
+from trocar.cli import attack, key, ledger, model
 from trocar.cli.demonstrate import demo
 from trocar.cli.doctor import doctor
 from trocar.cli.ops import ops
@@ -45,6 +45,7 @@ def command() -> Any:
     _noun(root, "model", "Models on this machine.", model.pull, model.list_, model.show_)
     _noun(root, "key", "API keys: tenants, tiers, roles.", key.create, key.list_, key.revoke)
     _noun(root, "ledger", "Budgets and the hash-chained log.", ledger.show_, ledger.verify, ledger.log)
+    _noun(root, "attack", "Attempts to steal weights, made to be stopped.", attack.run)
     root.command()(ops)
     root.command()(doctor)
     return typer.main.get_command(root)
