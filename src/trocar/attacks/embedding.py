@@ -70,12 +70,13 @@ def k_average(raid: Raid) -> Loot:
     weights = np.zeros((len(design), len(tokens)))
     for row, members in enumerate(design):
         weights[row, members] = 1.0 / AVERAGED
-    return Loot((Piece.of("embed", tokens, _solved(weights, means)),))
+    known = np.broadcast_to(np.isfinite(means).sum(axis=0) >= len(tokens), (len(tokens), width))
+    return Loot((Piece.guessed("embed", tokens, _solved(weights, means), known),))
 
 
 def _solved(weights: F64, means: F64) -> F64:
-    """Least squares, column by column from the rows that came; NaN for a column of which nothing came."""
-    found = np.full((weights.shape[1], means.shape[1]), np.nan)
+    """Least squares of least norm, column by column from the rows that came."""
+    found = np.zeros((weights.shape[1], means.shape[1]))
     came = np.isfinite(means)
     for column in range(means.shape[1]):
         rows = came[:, column]
@@ -93,23 +94,23 @@ def boolean_oracle(raid: Raid) -> Loot:
     scale = _scale(raid, tokens[0])
     if scale is None:
         return Loot((Piece.of("embed", tokens, np.full((len(tokens), width), np.nan)),))
-    above = harvest(
-        raid.purse, len(tokens), width, raid.effort.batch_rows, partial(_signs, raid, tokens, None)
-    )
-    low = np.where(above > 0, 0.0, -SPREAD * scale)
-    high = np.where(above > 0, SPREAD * scale, 0.0)
-    known = np.isfinite(above)
-    rounds = 1
-    while rounds < raid.effort.oracle_rounds and known.all():
+    low, high = np.full((len(tokens), width), -SPREAD * scale), np.full((len(tokens), width), SPREAD * scale)
+    answers = np.zeros(low.shape, dtype=np.int64)
+    for number in range(raid.effort.oracle_rounds):
         middle = (low + high) / 2
-        above = harvest(
-            raid.purse, len(tokens), width, raid.effort.batch_rows, partial(_signs, raid, tokens, middle)
-        )
+        ask = partial(_signs, raid, tokens, middle if number else None)
+        above = harvest(raid.purse, len(tokens), width, raid.effort.batch_rows, ask)
+        low, high = np.where(above > 0, middle, low), np.where(above == 0, middle, high)
+        answers += np.isfinite(above)
         if not np.isfinite(above).all():
             break
-        low, high, rounds = np.where(above > 0, middle, low), np.where(above > 0, high, middle), rounds + 1
-    guess = np.sign(low + high) * FOLDED_MEAN * scale if rounds == 1 else (low + high) / 2
-    return Loot((Piece.of("embed", tokens, np.where(known, guess, np.nan)),))
+    return Loot((Piece.guessed("embed", tokens, _middles(low, high, answers, scale), answers > 0),))
+
+
+def _middles(low: F64, high: F64, answers: Any, scale: float) -> F64:
+    """The best guess in each interval; the mean of half a Gaussian where only the sign is known."""
+    folded = np.sign(low + high) * FOLDED_MEAN * scale
+    return np.where(answers > 1, (low + high) / 2, folded * (answers > 0))
 
 
 def _signs(raid: Raid, tokens: Sequence[int], offsets: F64 | None, rows: Sequence[int], columns: Any) -> Ask:

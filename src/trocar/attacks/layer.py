@@ -92,10 +92,9 @@ def passive_regression(raid: Raid) -> Loot:
 
     table = harvest(raid.purse, len(text), n_in + n_out, raid.effort.batch_rows, ask)
     whole = table[np.isfinite(table).all(axis=1)]
-    found = np.full((n_out, n_in), np.nan)
-    if len(whole):
-        found = np.linalg.lstsq(whole[:, :n_in], whole[:, n_in:], rcond=None)[0].T
-    return Loot((Piece.of(f"attn.v.{layer}", range(n_out), found),))
+    found = np.linalg.lstsq(whole[:, :n_in], whole[:, n_in:], rcond=None)[0].T
+    known = np.full(found.shape, len(whole) >= n_in)
+    return Loot((Piece.guessed(f"attn.v.{layer}", range(n_out), found, known),))
 
 
 def _pairs(results: Mapping[str, Any], parts: tuple[Sequence[int], Sequence[int]]) -> F64:

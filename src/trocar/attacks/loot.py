@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,11 @@ class Piece:
         """From values with NaN where nothing is known."""
         known = np.isfinite(values)
         return cls(matrix, np.asarray(rows, dtype=np.int64), np.where(known, values, 0.0), known, upto)
+
+    @classmethod
+    def guessed(cls, matrix: str, rows: Sequence[int], values: F64, known: npt.NDArray[np.bool_]) -> Piece:
+        """From values of which only some are determined and the others the best guess."""
+        return cls(matrix, np.asarray(rows, dtype=np.int64), np.nan_to_num(values), known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +100,8 @@ class Score:
 
     def breaks(self, bits: int) -> bool:
         """Whether the loot is better than the released bits allow: a hole in the gate, or in this arithmetic."""
-        least = (1.0 - TOLERANCE) * self.floor(bits)
-        return self.attacked > 0 and self.error < least
+        pairs = ((self.error, self.floor(bits)), (self.matrix_error, self.matrix_floor(bits)))
+        return self.attacked > 0 and any(error < (1.0 - TOLERANCE) * least for error, least in pairs)
 
 
 def score(loot: Loot, truth: Mapping[str, F64], facts: Mapping[str, float]) -> Score:
@@ -105,34 +110,32 @@ def score(loot: Loot, truth: Mapping[str, F64], facts: Mapping[str, float]) -> S
     if not parts:
         off = max((abs(f.value - facts[f.name]) / facts[f.name] for f in loot.facts), default=1.0)
         return Score(0, 0, 0, off, off)
-    missed, aimed, whole = (sum(p[i] for p in parts) for i in (0, 1, 2))
+    whole = {p.matrix: truth[p.matrix] for p in loot.pieces}
+    missed, aimed = (sum(p[i] for p in parts) for i in (0, 1))
+    norm = sum(float(np.sum(m**2)) for m in whole.values())
     return Score(
-        attacked=sum(int(p[3]) for p in parts),
-        matrix=sum(truth[name].size for name in {p.matrix for p in loot.pieces}),
-        recovered=sum(int(p[4]) for p in parts),
+        attacked=sum(int(p[2]) for p in parts),
+        matrix=sum(m.size for m in whole.values()),
+        recovered=sum(int(p[3]) for p in parts),
         error=math.sqrt(missed / aimed),
-        matrix_error=math.sqrt(max(0.0, whole - aimed + missed) / whole),
-        free=sum(int(p[5]) for p in parts),
+        matrix_error=math.sqrt(max(0.0, norm - aimed + missed) / norm),
+        free=sum(int(p[4]) for p in parts),
     )
 
 
-def _parts(piece: Piece, truth_RC: F64) -> tuple[float, ...]:
-    """Squared error, squared norm of the attacked rows and of the matrix, weights attacked and recovered, free."""
+def _parts(piece: Piece, truth_RC: F64) -> tuple[float, float, int, int, int]:
+    """Squared error, squared norm of the attacked rows, weights attacked and recovered, dimensions left free."""
     aimed_RC = truth_RC[piece.rows]
     if piece.upto == "rotation":
         missed_RC = aimed_RC - piece.estimate @ (piece.estimate.T @ aimed_RC)
         free = piece.estimate.shape[1] * truth_RC.shape[1]
-        return (*_squares(missed_RC, aimed_RC, truth_RC), aimed_RC.size, 0, free)
+        return float(np.sum(missed_RC**2)), float(np.sum(aimed_RC**2)), aimed_RC.size, 0, free
     if piece.upto == "mean":
         aimed_RC = aimed_RC - aimed_RC.mean(axis=0)
     off_RC = piece.estimate - aimed_RC
     scale = CLOSE * math.sqrt(float(np.mean(truth_RC**2)))
     close = int(np.sum((np.abs(off_RC) < scale) & piece.known))
-    return (*_squares(off_RC, aimed_RC, truth_RC), aimed_RC.size, close, 0)
-
-
-def _squares(*arrays: Any) -> tuple[float, ...]:
-    return tuple(float(np.sum(a**2)) for a in arrays)
+    return float(np.sum(off_RC**2)), float(np.sum(aimed_RC**2)), aimed_RC.size, close, 0
 
 
 def floor(bits: int, weights: int, free: int = 0) -> float:

@@ -24,16 +24,18 @@ NORMS_PER_EDIT: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """Bits of a released number and of a token id."""
+    """Bits of a released number, of a token id, and of a request."""
 
     number_bits: int
     token_bits: int
+    overhead_bits: int
 
     @classmethod
     def of(cls, model: Model) -> Widths:
         """The number's from two plans that differ by one number; plans are free."""
         one, two = (_one_score(model, n) for n in (1, 2))
-        return cls(two - one, (model.facts.vocab_size - 1).bit_length())
+        token_bits = (model.facts.vocab_size - 1).bit_length()
+        return cls(two["s"] - one["s"], token_bits, one["overhead"])
 
     def received(self, output: Any) -> int:
         """Bits of one output as it came."""
@@ -49,11 +51,11 @@ class Widths:
         return int(rows.size) * self.number_bits if isinstance(rows, np.ndarray) else 0
 
 
-def _one_score(model: Model, tokens: int) -> int:
+def _one_score(model: Model, tokens: int) -> dict[str, int]:
     direction = np.ones(model.d_model, dtype=np.float32)
     with model.trace([[0] * tokens]) as t:
         t.save("s", t.score(t.embeddings["prompt[*]"] @ direction))
-    return t.plan().view.cost.bits_out["s"]
+    return t.plan().view.cost.bits_out
 
 
 @dataclass(slots=True)
@@ -77,6 +79,14 @@ class Purse:
     def of(cls, client: Client, model: str) -> Purse:
         served = client.model(model)
         return cls(client, served, Widths.of(served))
+
+    def numbers(self, wanted: int) -> int:
+        """How many of the wanted numbers one request can still buy."""
+        left = self.client.ledger().budgets[self.model.name].left_bits
+        if left is None or self.widths.overhead_bits + wanted * self.widths.number_bits <= left:
+            return wanted
+        self._note("budget_exhausted")
+        return max(0, left - self.widths.overhead_bits) // self.widths.number_bits
 
     def plan(self, recorded: Recorded) -> Plan | None:
         """The price; None when the program is refused."""

@@ -7,6 +7,7 @@ columns one by one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final
@@ -28,13 +29,19 @@ MOST_TENSORS: Final = 250
 
 def hidden_dimension(raid: Raid) -> Loot:
     """The rank of enough log-probabilities is the width of the model."""
-    n_columns = raid.model.d_model + SPARE_COLUMNS
-    table = _ordinary(raid, raid.model.d_model + SPARE_ROWS, raid.tokens(n_columns))
-    whole = table[np.isfinite(table).all(axis=1)]
-    if len(whole) < 2:
+    n_rows, n_columns = raid.model.d_model + SPARE_ROWS, raid.model.d_model + SPARE_COLUMNS
+    side = math.isqrt(raid.purse.numbers(n_rows * n_columns))
+    n_rows, n_columns = min(n_rows, side), min(n_columns, side)
+    whole = _centred_rows(_ordinary(raid, n_rows, raid.tokens(n_columns)))
+    if min(whole.shape) < 2:
         return Loot(facts=(Fact("d_model", float(len(whole))),))
-    sizes = np.linalg.svd(whole - whole.mean(axis=1, keepdims=True), compute_uv=False)
-    return Loot(facts=(Fact("d_model", float(_gap(sizes))),))
+    return Loot(facts=(Fact("d_model", float(_gap(np.linalg.svd(whole, compute_uv=False)))),))
+
+
+def _centred_rows(table: F64) -> F64:
+    """The rows that came whole, each less its mean: what the softmax adds to all tokens alike."""
+    whole = table[np.isfinite(table).all(axis=1)]
+    return whole - whole.mean(axis=1, keepdims=True)
 
 
 def _gap(sizes: F64) -> int:
@@ -44,16 +51,21 @@ def _gap(sizes: F64) -> int:
 
 
 def subspace(raid: Raid) -> Loot:
-    """The span of the matrix's columns, which leaves an unknown d by d map of them open."""
+    """The span of the matrix's columns, which leaves an unknown d by d map of them open.
+
+    With a small budget, fewer rows of fewer tokens: half as many rows as tokens leave something to find out.
+    """
+    n_rows = raid.model.d_model + SPARE_ROWS
     tokens = raid.tokens(raid.effort.tokens)
-    table = _ordinary(raid, raid.model.d_model + SPARE_ROWS, tokens)
-    whole = table[np.isfinite(table).all(axis=1)]
-    centred = whole - whole.mean(axis=1, keepdims=True) if len(whole) else np.zeros((1, len(tokens)))
-    _, _, span = np.linalg.svd(centred, full_matrices=False)
-    rank = min(len(whole), raid.model.d_model)
-    basis = span[:rank].T
-    known = np.ones_like(basis, dtype=np.bool_)
-    return Loot((Piece("unembed", np.asarray(tokens, dtype=np.int64), basis, known, "rotation"),))
+    most = raid.purse.numbers(n_rows * len(tokens))
+    if n_rows * len(tokens) > most:
+        n_rows = max(1, min(n_rows, math.isqrt(most // 2)))
+        tokens = tokens[: max(1, min(len(tokens), most // n_rows))]
+    whole = _centred_rows(_ordinary(raid, n_rows, tokens))
+    rank = min(len(whole), raid.model.d_model, len(tokens))
+    span = np.linalg.svd(whole, full_matrices=False)[2][:rank] if rank else np.zeros((0, len(tokens)))
+    known = np.ones((len(tokens), rank), dtype=np.bool_)
+    return Loot((Piece("unembed", np.asarray(tokens, dtype=np.int64), span.T, known, "rotation"),))
 
 
 def _ordinary(raid: Raid, n_rows: int, tokens: Sequence[int]) -> F64:

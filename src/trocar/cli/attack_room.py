@@ -62,6 +62,7 @@ class Side:
     error: float
     least_error: float
     matrix_error: float
+    least_matrix_error: float
     refusals: tuple[str, ...]
     took_s: float
 
@@ -201,6 +202,7 @@ def _side(
         error=found.error,
         least_error=found.floor(charged),
         matrix_error=found.matrix_error,
+        least_matrix_error=found.matrix_floor(charged),
         refusals=refusals,
         took_s=round(took_s, 2),
     )
@@ -214,8 +216,9 @@ def problems(attack: Attack, side: Side) -> Iterator[str]:
         yield f"{side.charged_bits} bits were charged, the limit is {side.limit_bits}"
     if side.received_bits > side.charged_bits:
         yield f"{side.received_bits} bits came, {side.charged_bits} were charged"
-    if side.error < (1.0 - TOLERANCE) * side.least_error:
-        yield f"the error {side.error:.4f} is below {side.least_error:.4f}, the least for {side.charged_bits} bits"
+    for error, least in ((side.error, side.least_error), (side.matrix_error, side.least_matrix_error)):
+        if error < (1.0 - TOLERANCE) * least:
+            yield f"the error {error:.4f} is below {least:.4f}, the least for {side.charged_bits} bits"
     if not side.refusals:
         yield "nothing stopped it"
 
