@@ -44,7 +44,14 @@ class Prices:
         def out(program: Any, name: str = "out") -> int:
             return int(wire.plan(program)["cost"]["bits_out"][name])
 
-        few = {"program": {"nodes": [{**w.SCORE["program"]["nodes"][0], "at": "prompt[0:2]"}, *w.SCORE["program"]["nodes"][1:]]}}
+        few = {
+            "program": {
+                "nodes": [
+                    {**w.SCORE["program"]["nodes"][0], "at": "prompt[0:2]"},
+                    *w.SCORE["program"]["nodes"][1:],
+                ]
+            }
+        }
         rows = sum(map(len, w.PROMPTS))
         each = (out(w.SCORE) - out(few)) // (rows - 4)
         texts = len(w.PROMPTS) * 7
@@ -62,8 +69,16 @@ class Prices:
         if kind == "text":
             return sum(len(row) + 1 for row in output["ids"]) * self.token_bits
         ids = leaves(output["ids"]) * self.token_bits if kind == "lens" else 0
-        names = {"score": "scores", "lens": "logprobs", "logprobs": "logprobs", "metric": "values", "pattern": "probs"}
-        return ids + (leaves(output[names[kind]]) * self.number_bits + self.scale_bits if kind in names else 0)
+        names = {
+            "score": "scores",
+            "lens": "logprobs",
+            "logprobs": "logprobs",
+            "metric": "values",
+            "pattern": "probs",
+        }
+        return ids + (
+            leaves(output[names[kind]]) * self.number_bits + self.scale_bits if kind in names else 0
+        )
 
 
 FREE = {
@@ -79,7 +94,8 @@ FREE = {
 def fixed(answer: Any) -> str:
     """What of an answer the worker may not touch: all but what is charged for."""
     outputs = {
-        name: {k: v for k, v in o.items() if k not in FREE.get(o["kind"], ())} for name, o in answer["outputs"].items()
+        name: {k: v for k, v in o.items() if k not in FREE.get(o["kind"], ())}
+        for name, o in answer["outputs"].items()
     }
     receipt = dict(answer["receipt"])
     receipt["edits"] = [{k: v for k, v in e.items() if not k.startswith("norm")} for e in receipt["edits"]]
@@ -134,7 +150,11 @@ def read_floats(_wire: w.Wire, answer: w.Heard) -> Bits:
 
 def _float(x: int) -> Bits:
     exponent = (x >> 23 & 255) - 64
-    return bits_of((x >> 31 << 30) | (exponent << 23) | (x & (2**23 - 1)), 31) if 0 <= exponent < 128 else [0] * 31
+    return (
+        bits_of((x >> 31 << 30) | (exponent << 23) | (x & (2**23 - 1)), 31)
+        if 0 <= exponent < 128
+        else [0] * 31
+    )
 
 
 def levels(bits: Bits, _task: Task, result: TaskResult) -> TaskResult:

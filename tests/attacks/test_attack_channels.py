@@ -73,7 +73,9 @@ def effect(**change: Callable[[int, Any], Any]) -> Callable[[int, TaskResult], T
 def cut(secret: int, o: Any) -> Any:
     """Leaves rows out."""
     keep = len(o.tags.prompts) - secret
-    kept = RowTags(o.tags.prompts[:keep], o.tags.positions[:keep], o.tags.token_ids[:keep], o.tags.phases[:keep])
+    kept = RowTags(
+        o.tags.prompts[:keep], o.tags.positions[:keep], o.tags.token_ids[:keep], o.tags.phases[:keep]
+    )
     return replace(o, tags=kept, scores=o.scores[:keep])
 
 
@@ -85,8 +87,14 @@ def ordered(secret: int, result: TaskResult) -> TaskResult:
 
 def left_out(secret: int, result: TaskResult) -> TaskResult:
     names = ("out", "more")
-    kept = {n: o for i, (n, o) in enumerate(zip(names, result.outputs.values(), strict=True)) if secret >> i & 1}
+    kept = {
+        n: o for i, (n, o) in enumerate(zip(names, result.outputs.values(), strict=True)) if secret >> i & 1
+    }
     return replace(result, outputs=kept)
+
+
+def extra(secret: int, result: TaskResult) -> TaskResult:
+    return replace(result, outputs={**result.outputs, f"x{secret}": result.outputs["out"]})
 
 
 def another_kind(secret: int, o: Scored) -> Any:
@@ -104,9 +112,7 @@ def another_kind(secret: int, o: Scored) -> Any:
 def turned(secret: int, o: Any) -> Any:
     """Gives the rows' tags in another order, as if rows had changed places."""
     order = np.roll(np.arange(len(o.tags.prompts)), secret)
-    moved = RowTags(
-        o.tags.prompts[order], o.tags.positions[order], o.tags.token_ids[order], o.tags.phases
-    )
+    moved = RowTags(o.tags.prompts[order], o.tags.positions[order], o.tags.token_ids[order], o.tags.phases)
     return replace(o, tags=moved)
 
 
@@ -136,7 +142,7 @@ PLACES = (
     Place("kind of an output", w.SCORE, out(another_kind)),
     Place("order of outputs", w.TWO_SCORES, ordered),
     Place("outputs left out", w.TWO_SCORES, left_out),
-    Place("outputs nobody asked for", w.SCORE, lambda s, r: replace(r, outputs={**r.outputs, f"x{s}": r.outputs["out"]})),
+    Place("outputs nobody asked for", w.SCORE, extra),
     Place("effects nobody asked for", w.SCORE, lambda s, r: replace(r, edits=tuple(r.edits) * s)),
 )  # fmt: skip
 
@@ -177,7 +183,7 @@ def difference(views: list[Any]) -> str:
         lambda s: errors.refuse("result_not_finite", "", "", next_step=f"{s}"),
         lambda s: errors.full(f"{s} requests are waiting", 100.0 * s),
         lambda s: ValueError(f"w{s}"),
-        lambda s: KeyError(s),
+        KeyError,
     ],
     ids=["reason and path", "next step", "seconds to wait", "another exception", "another class"],
 )

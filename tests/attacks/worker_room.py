@@ -70,7 +70,7 @@ class Worker:
         def hand_on(done: Future[TaskResult]) -> None:
             try:
                 bent.set_result(self.bend(task, done.result()))
-            except BaseException as e:  # the worker may fail in any way it likes
+            except Exception as e:  # noqa: BLE001 - the worker may fail in any way it likes
                 bent.set_exception(e)
 
         self.honest.submit(task).add_done_callback(hand_on)
@@ -224,12 +224,8 @@ TRUTH = {
     }
 }
 LENS = {"program": {"nodes": [_read(), {"id": "out", "op": "lens", "of": ["h"], "top_k": 3}]}}
-LOGPROBS = {
-    "program": {"nodes": [{"id": "out", "op": "logprobs", "at": "prompt[*]", "tokens": [1, 2, 3]}]}
-}
-METRIC = {
-    "program": {"nodes": [{"id": "out", "op": "metric", "metric": "logit_diff", "tokens": [1, 2]}]}
-}
+LOGPROBS = {"program": {"nodes": [{"id": "out", "op": "logprobs", "at": "prompt[*]", "tokens": [1, 2, 3]}]}}
+METRIC = {"program": {"nodes": [{"id": "out", "op": "metric", "metric": "logit_diff", "tokens": [1, 2]}]}}
 PATTERN = {
     "program": {
         "nodes": [

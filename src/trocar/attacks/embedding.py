@@ -55,7 +55,7 @@ def coalition(raid: Raid) -> Loot:
 
 def k_average(raid: Raid) -> Loot:
     """Only means over several tokens are asked for; with a known design they are as good as the rows."""
-    tokens, width = raid.tokens(min(raid.effort.tokens, raid.effort.batch_rows)), raid.model.d_model
+    tokens, width = raid.tokens(raid.effort.tokens), raid.model.d_model
     rng = np.random.default_rng(1)
     design = np.stack(
         [rng.choice(len(tokens), AVERAGED, replace=False) for _ in range(len(tokens) + SPARE_PROMPTS)]
@@ -75,13 +75,13 @@ def k_average(raid: Raid) -> Loot:
 
 
 def _solved(weights: F64, means: F64) -> F64:
-    """Least squares of least norm, column by column from the rows that came."""
+    """Least squares of least norm, from the rows that came; columns with the same rows together."""
     found = np.zeros((weights.shape[1], means.shape[1]))
-    came = np.isfinite(means)
-    for column in range(means.shape[1]):
-        rows = came[:, column]
+    patterns, which = np.unique(np.isfinite(means), axis=1, return_inverse=True)
+    for i, rows in enumerate(patterns.T):
+        columns = np.flatnonzero(which == i)
         if rows.any():
-            found[:, column] = np.linalg.lstsq(weights[rows], means[rows, column], rcond=None)[0]
+            found[:, columns] = np.linalg.lstsq(weights[rows], means[np.ix_(rows, columns)], rcond=None)[0]
     return found
 
 

@@ -32,7 +32,9 @@ def basis_injection(raid: Raid) -> Loot:
     down_ND = harvest(raid.purse, len(neurons), facts.d_model, batch, partial(_neuron, raid))
     pieces = [Piece.of(f"mlp.down.{layer}", neurons, down_ND)]
     answers = [
-        harvest(raid.purse, facts.d_model, len(neurons), min(batch, MOST_TENSORS), partial(_input, raid, sign))
+        harvest(
+            raid.purse, facts.d_model, len(neurons), min(batch, MOST_TENSORS), partial(_input, raid, sign)
+        )
         for sign in (INJECTED, -INJECTED)
     ]
     gate_ND, up_ND = _unfolded(answers[0].T, answers[1].T)
@@ -92,7 +94,7 @@ def passive_regression(raid: Raid) -> Loot:
 
     table = harvest(raid.purse, len(text), n_in + n_out, raid.effort.batch_rows, ask)
     whole = table[np.isfinite(table).all(axis=1)]
-    found = np.linalg.lstsq(whole[:, :n_in], whole[:, n_in:], rcond=None)[0].T
+    found = np.asarray(np.linalg.lstsq(whole[:, :n_in], whole[:, n_in:], rcond=None)[0].T, np.float64)
     known = np.full(found.shape, len(whole) >= n_in)
     return Loot((Piece.guessed(f"attn.v.{layer}", range(n_out), found, known),))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from trocar.client.trace import Recorded
 from trocar.strict import Strict
 
 NORMS_PER_EDIT: Final = 2
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class Purse:
         core = self.client._core
         return self._asked(lambda: self.client._portal.call(core.transport.post, path, body, once=True))
 
-    def _asked(self, ask: Callable[[], Any]) -> Any:
+    def _asked(self, ask: Callable[[], T]) -> T | None:
         try:
             return ask()
         except (errors.PolicyRefusal, errors.ProgramError, errors.BadRequest, errors.NotFound) as e:

@@ -38,7 +38,9 @@ def probe(raid: Raid) -> Loot:
         t.save("y", t.capture(t.v[layer]["prompt[*]"]))
     rows = raid.purse.run(t.recorded)
     if rows is not None:
-        body = TargetFit(handle=rows["x"].handle, kind="ridge", target=rows["y"].handle, labels=(0.0,) * n_rows)
+        body = TargetFit(
+            handle=rows["x"].handle, kind="ridge", target=rows["y"].handle, labels=(0.0,) * n_rows
+        )
         _fit(raid, body)
     return Loot((Piece.of(f"attn.v.{layer}", range(n_out), nothing),))
 

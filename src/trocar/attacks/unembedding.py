@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from trocar.attacks.extract import Ask, harvest
 from trocar.attacks.loot import F64, Fact, Loot, Piece
@@ -41,10 +42,11 @@ def hidden_dimension(raid: Raid) -> Loot:
 def _centred_rows(table: F64) -> F64:
     """The rows that came whole, each less its mean: what the softmax adds to all tokens alike."""
     whole = table[np.isfinite(table).all(axis=1)]
-    return whole - whole.mean(axis=1, keepdims=True)
+    centred: F64 = whole - whole.mean(axis=1, keepdims=True)
+    return centred
 
 
-def _gap(sizes: F64) -> int:
+def _gap(sizes: npt.NDArray[Any]) -> int:
     """How many singular values stand before the largest step down."""
     steps = np.log(np.maximum(sizes[:-1], 1e-12)) - np.log(np.maximum(sizes[1:], 1e-12))
     return int(np.argmax(steps)) + 1

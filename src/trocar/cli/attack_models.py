@@ -24,7 +24,7 @@ from trocar.models.pull import locate
 
 SMALL: Final = "random"
 SMALL_EFFORT: Final = Effort(tokens=1024, neurons=176)
-LARGE_EFFORT: Final = Effort(tokens=512, neurons=256, layer=10, oracle_tokens=32)
+LARGE_EFFORT: Final = Effort(tokens=512, neurons=256, layer=10, oracle_tokens=480)
 SIZES: Final = {
     "vocab_size": 1024,
     "hidden_size": 64,
@@ -67,7 +67,7 @@ class Weights(Mapping[str, F64]):
         with path.open("rb") as stream:
             stream.seek(start)
             raw = stream.read(stop - start)
-        matrix = _DECODE[dtype](raw).reshape(shape).astype(np.float64)
+        matrix: F64 = _DECODE[dtype](raw).reshape(shape).astype(np.float64)
         return matrix.T if turned else matrix
 
     @cached_property
@@ -175,4 +175,5 @@ def _tokenizer() -> Any:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(t, special=True) for t in ("<|a|>", "<|b|>", "<|end|>")])
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|a|>", eos_token="<|b|>")
+    names = {"bos_token": "<|a|>", "eos_token": "<|b|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)

@@ -40,10 +40,12 @@ def activation_target(subject: Subject) -> tuple[Loot, int]:
     import torch
 
     layer, facts = subject.effort.layer, subject.loaded.facts
-    model, seen = _model(subject), {}
+    model, seen = _model(subject), dict[str, Any]()
     projection = model.model.layers[layer].self_attn.v_proj
     projection.register_forward_hook(lambda _m, given, gave: seen.update(x=given[0], y=gave))
-    text = np.random.default_rng(targets.TEXT).integers(0, facts.vocab_size, facts.d_model + targets.SPARE_ROWS)
+    text = np.random.default_rng(targets.TEXT).integers(
+        0, facts.vocab_size, facts.d_model + targets.SPARE_ROWS
+    )
     with torch.inference_mode():
         model.model(torch.from_numpy(text)[:, None])
     x, y = (seen[k].reshape(len(text), -1).numpy().astype(np.float64) for k in ("x", "y"))
