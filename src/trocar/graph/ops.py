@@ -381,6 +381,14 @@ class Pattern(Node):
     of: Ref
 
 
+class Raw(Node):
+    """Rows as they are, for whom the policy allows it: reads of whole sites, quantised to the tier's bits per number
+    with one scale per row. Secret weights give none: capture the rows, work on them here, or ask the airlock."""
+
+    op: Literal["raw"] = "raw"
+    of: Refs
+
+
 class Text(Node):
     """The generated text and its tokens."""
 
@@ -395,6 +403,6 @@ class StopAfter(Node):
 
 
 EditNode = EditAdd | EditSet | EditScale | EditProjectOut | EditAffine | EditClamp | EditSae | EditKnockout
-OutputNode = Capture | Lens | Logprobs | Score | Metric | Pattern | Text
+OutputNode = Capture | Lens | Logprobs | Score | Metric | Pattern | Raw | Text
 EDIT_NODES = (EditAdd, EditSet, EditScale, EditProjectOut, EditAffine, EditClamp, EditSae, EditKnockout)
-OUTPUT_NODES = (Capture, Lens, Logprobs, Score, Metric, Pattern, Text)
+OUTPUT_NODES = (Capture, Lens, Logprobs, Score, Metric, Pattern, Raw, Text)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from trocar import errors, sites
-from trocar.graph import ops, rules_arithmetic, rules_values
+from trocar.graph import cost, ops, rules_arithmetic, rules_values
 from trocar.graph.scope import Selection, Walk
 from trocar.graph.shapes import Value, require_aligned
+
+MAX_RAW_NUMBERS: Final = 1 << 22
 
 
 def _same_rows(refs: Sequence[str], walk: Walk, path: str) -> list[Value]:
@@ -39,6 +42,22 @@ def capture(node: ops.Capture, walk: Walk, path: str) -> None:
     if node.reduce == "mean":
         rules_arithmetic.require_counted(values[0], node.of[0], f"{path}.of[0]")
         walk.whole = True
+
+
+def raw(node: ops.Raw, walk: Walk, path: str) -> None:
+    values = _same_rows(node.of, walk, path)
+    for i, value in enumerate(values):
+        if not value.plain:
+            raise errors.refuse(
+                "wrong_operand", f"{path}.of[{i}]", f"{node.of[i]!r} is not a read of a whole site",
+                next_step="Name reads without heads or neurons; numbers made from rows leave as a score.",
+            )  # fmt: skip
+    numbers = sum(cost.rows_of(v, walk) * v.width for v in values)
+    if numbers > MAX_RAW_NUMBERS:
+        raise errors.refuse(
+            "too_expensive", f"{path}.of", f"{numbers} numbers; one answer holds at most {MAX_RAW_NUMBERS}",
+            next_step="Capture the rows and work on the handle.",
+        )  # fmt: skip
 
 
 def lens(node: ops.Lens, walk: Walk, path: str) -> None:

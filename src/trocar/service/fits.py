@@ -20,6 +20,7 @@ from trocar.gate.release import Released
 from trocar.graph.cost import Cost, Prices
 from trocar.graph.program import canonical
 from trocar.service.jobs import Job, Jobs
+from trocar.service.passes import UNSAID
 from trocar.service.prepare import Served
 from trocar.store import Reader, Store
 from trocar.wire import results as r
@@ -46,7 +47,7 @@ def fit_cost(reader: Reader, request: FitRequest, prices: Prices) -> Cost:
         request.kind, labels, groups, test_fraction=request.test_fraction, seed=request.seed, l2=request.l2
     )
     sites = len(reader.info.widths)
-    bits = {"overhead": prices.overhead_bits, "fit": sites * len(METRICS[request.kind]) * prices.scalar_bits}
+    bits = {"overhead": prices.overhead_bits, "fit": sites * len(METRICS[request.kind]) * prices.norm_bits}
     numbers = reader.info.n_rows * sum(reader.info.widths.values())
     return Cost(
         tokens=0,
@@ -100,7 +101,8 @@ class Fit:
         try:
             result = self._fit(job)
             artifact = self._save(result)
-            return self.gate.release(self.hold, self._result(result, artifact))
+            made = self._result(result, artifact)
+            return self.gate.release(self.hold, lambda press: press.fit(made, self.hold.cost))
         except BaseException:
             self._undo(artifact)
             raise
@@ -166,6 +168,7 @@ class Fit:
             edits=(),
             released_bits={},
             reserved_bits=self.hold.cost.total_bits,
+            precision=UNSAID,
         )
         return r.RunResult(outputs={"fit": output}, tokens=(), receipt=receipt)
 

@@ -15,10 +15,12 @@ from typing import Final
 
 from trocar import errors
 from trocar.engine.protocol import F32, RowTags, Task, TaskResult
+from trocar.gate import release
+from trocar.gate.answers import Raw
 from trocar.graph import ops
 from trocar.graph.check import Checked
 from trocar.models.load import Loaded
-from trocar.service.answers import Answer
+from trocar.service import arrays
 from trocar.service.jobs import Job, Jobs
 from trocar.service.prepare import Prepared, Served
 from trocar.service.values import probe_values, stored_values, vector_values
@@ -28,6 +30,8 @@ from trocar.wire import results as r
 IN_FLIGHT: Final = 32  # variants of one sweep that are in the engine at once: the queue belongs to everybody
 FULL_S: Final = 0.2
 NOTHING: Final[Mapping[str, str]] = {}
+UNSAID: Final = r.Precision(scalar_bits=0, vector_bits=0, logprob_step=0.0, logprob_floor=None)
+"""Stands in a receipt until the gate says how numbers left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,27 +155,27 @@ class Passes:
                 )
         return mine
 
-    def answer(self, results: list[TaskResult], reserved_bits: int) -> r.RunResult:
-        """What may be released."""
-        parts = zip(self.prepared.variants, self.writers, results, strict=True)
-        found = []
-        for variant, writers, result in parts:
-            answer = Answer(variant.checked, self.served, writers)
-            found.append(
-                r.VariantResult(
-                    settings=dict(variant.settings),
-                    outputs=answer.outputs(result),
-                    edits=answer.edits(result),
-                )
+    def step(self, results: list[TaskResult], reserved_bits: int) -> release.Step:
+        """What the gate makes an answer of."""
+        heads = self.served.facts.n_heads
+        variants = [
+            release.Variant(
+                dict(variant.settings),
+                Raw(
+                    variant.checked, arrays.of_result(variant.checked, result, heads), self._finished(writers)
+                ),
             )
-        swept = bool(self.prepared.request.sweep)
+            for variant, writers, result in zip(self.prepared.variants, self.writers, results, strict=True)
+        ]
         tokens = tuple(tuple(self.served.loaded.token_texts(list(ids))) for ids in self.prepared.tokens)
-        receipt = self._receipt(() if swept else found[0].edits, reserved_bits)
-        if swept:
-            return r.RunResult(outputs={}, tokens=tokens, receipt=receipt, sweep=tuple(found))
-        return r.RunResult(outputs=found[0].outputs, tokens=tokens, receipt=receipt)
+        return release.Step(variants, bool(self.prepared.request.sweep), tokens, self._receipt(reserved_bits))
 
-    def _receipt(self, edits: tuple[r.EditReceipt, ...], reserved_bits: int) -> r.Receipt:
+    @staticmethod
+    def _finished(writers: Mapping[str, Writer]) -> dict[str, str]:
+        """Handles of what was captured, which is complete now."""
+        return {name: writer.finish().id for name, writer in writers.items()}
+
+    def _receipt(self, reserved_bits: int) -> r.Receipt:
         facts = self.served.facts
         return r.Receipt(
             model=facts.name,
@@ -181,9 +185,10 @@ class Passes:
             program_digest=self.prepared.program.digest(),
             request_digest=self.prepared.digest,
             seed=self.prepared.request.generation.seed,
-            edits=edits,
+            edits=(),
             released_bits={},
             reserved_bits=reserved_bits,
+            precision=UNSAID,
         )
 
     def erase(self) -> None:

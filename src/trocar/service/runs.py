@@ -28,7 +28,8 @@ class Run:
         passes = Passes(job.id, self.prepared, self.served, self.store, self.jobs, self.tenant)
         try:
             results = passes.run(job)
-            return self.gate.release(self.hold, passes.answer(results, self.hold.cost.total_bits))
+            step = passes.step(results, self.hold.cost.total_bits)
+            return self.gate.release(self.hold, lambda press: press.run(step, self.hold.cost))
         except BaseException:
             self._undo(passes)
             raise

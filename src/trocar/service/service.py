@@ -6,6 +6,7 @@ cannot be written. Order in every run: prepare (pure), reserve, run, store, rele
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,8 +16,9 @@ from trocar import __version__, errors
 from trocar.gate import release
 from trocar.gate.gate import Gate, Hold
 from trocar.gate.keys import Principal
+from trocar.gate.policy import Tier
 from trocar.gate.release import Released
-from trocar.graph.cost import Cost
+from trocar.graph.cost import STORED_BYTES_PER_NUMBER, Cost, Prices
 from trocar.graph.facts import ModelFacts
 from trocar.graph.spec import EDITS, SPEC
 from trocar.service.fits import Fit, fit_cost, fit_digest
@@ -87,7 +89,7 @@ class Service:
                 engines={name: m.engine.name for name, m in self._models.items()},
                 ops=ops,
                 fits=get_args(q.FitKind),
-                scalar_bits=self.gate.policy.scalar_bits,
+                tiers={tier.value: _tier(self.gate.policy.prices(tier)) for tier in Tier},
                 overhead_bits=self.gate.policy.overhead_bits,
             )
         )
@@ -131,7 +133,9 @@ class Service:
     ) -> Released:
         """Admits programs that run one after another, and starts their job."""
         served = self._served(request.steps[0].model, "steps[0].model")
-        steps = prepare_session(request, vectors, served, self._store, principal.tenant, self.gate.prices)
+        steps = prepare_session(
+            request, vectors, served, self._store, principal.tenant, self.gate.prices(principal)
+        )
         total = sum(step.sequences for step in steps)
         cost = session_cost([step.cost for step in steps])
         ask = _Ask("session", total, cost, digest(request, vectors), idempotency_key)
@@ -149,7 +153,7 @@ class Service:
         if reader.info.fingerprint != served.facts.fingerprint:
             reason = f"{request.handle!r} was made on another model than the {served.facts.name!r} of today"
             raise errors.refuse("wrong_handle", "handle", reason)
-        cost = fit_cost(reader, request, self.gate.prices)
+        cost = fit_cost(reader, request, self.gate.prices(principal))
         ask = _Ask("fit", len(reader.info.widths), cost, fit_digest(request), idempotency_key)
 
         def work(hold: Hold) -> Work:
@@ -168,7 +172,7 @@ class Service:
         if running is not None:
             return release.public(running, 202)
         self._jobs.require_room(principal.tenant)
-        hold = self.gate.reserve(principal, served.facts, ask.cost, ask.digest, key)
+        hold = self.gate.reserve(principal, served.facts, served.loaded, ask.cost, ask.digest, key)
         if isinstance(hold, Released):
             return release.public(self._jobs.finished(principal.tenant, ask.kind, ask.total, hold))
         try:
@@ -199,10 +203,11 @@ class Service:
 
     def handles(self, principal: Principal) -> Released:
         """The caller's activations and artifacts."""
-        found = [_activations(i) for i in self._store.list(principal.tenant)]
+        listed = self._store.list(principal.tenant)
+        found = [_activations(i) for i in listed if i.state == "complete"]
         found += [_artifact(i) for i in self._store.list_artifacts(principal.tenant)]
         return release.public(
-            r.HandlesView(handles=tuple(found), stored_bytes=self._store.usage(principal.tenant))
+            r.HandlesView(handles=tuple(found), stored_bytes=sum(view.bytes for view in found))
         )
 
     def handle(self, principal: Principal, handle: str) -> Released:
@@ -253,7 +258,7 @@ class Service:
     def _prepare(
         self, principal: Principal, request: q.RunRequest, vectors: Vectors, served: Served
     ) -> Prepared:
-        return prepare(request, vectors, served, self._store, principal.tenant, self.gate.prices)
+        return prepare(request, vectors, served, self._store, principal.tenant, self.gate.prices(principal))
 
     @property
     def facts(self) -> Mapping[str, ModelFacts]:
@@ -286,6 +291,10 @@ def _plan(prepared: Prepared, budget: r.BudgetView) -> r.PlanView:
     )
 
 
+def _tier(prices: Prices) -> r.TierView:
+    return r.TierView(scalar_bits=prices.scalar_bits, vector_bits=prices.vector_bits, raw=prices.rules.raw)
+
+
 def _activations(info: HandleInfo) -> r.HandleView:
     return r.HandleView(
         handle=info.id,
@@ -295,7 +304,7 @@ def _activations(info: HandleInfo) -> r.HandleView:
         sites=tuple(info.widths),
         widths=dict(info.widths),
         rows=info.n_rows,
-        bytes=info.size_bytes,
+        bytes=info.n_rows * sum(info.widths.values()) * STORED_BYTES_PER_NUMBER,
         dtype=info.dtype,
         created=_when(info.created_s),
     )
@@ -310,10 +319,14 @@ def _artifact(info: ArtifactInfo) -> r.HandleView:
         sites=tuple(info.shapes),
         widths={site: shapes["direction"][0] for site, shapes in info.shapes.items()},
         rows=1,
-        bytes=info.size_bytes,
+        bytes=sum(_numbers(shape) for arrays in info.shapes.values() for shape in arrays.values()) * 8,
         dtype="float32",
         created=_when(info.created_s),
     )
+
+
+def _numbers(shape: Sequence[int]) -> int:
+    return math.prod(shape)
 
 
 def _when(created_s: float) -> str:

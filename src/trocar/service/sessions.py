@@ -14,6 +14,7 @@ from typing import Final
 
 from trocar import errors
 from trocar.engine.protocol import F32
+from trocar.gate import release
 from trocar.gate.gate import Gate, Hold
 from trocar.gate.release import Released
 from trocar.graph import check, ops
@@ -24,7 +25,6 @@ from trocar.service.jobs import Job, Jobs
 from trocar.service.passes import Passes
 from trocar.service.prepare import Prepared, Served, Vectors, prepare
 from trocar.store import Store
-from trocar.wire import results as r
 from trocar.wire.requests import RunRequest, SessionRequest
 
 _STEP: Final = re.compile(r"step([0-9]{1,2})\.(.+)")
@@ -187,32 +187,26 @@ class Session:
     def work(self, job: Job) -> Released:
         passes: list[Passes] = []
         try:
-            results = self._run(job, passes)
+            steps = self._run(job, passes)
             if not self.keep:  # before the release: what follows it cannot be undone
                 self._erase(passes)
-            return self.gate.release(self.hold, r.SessionResult(steps=results))
+            cost, keep = self.hold.cost, self.keep
+            return self.gate.release(self.hold, lambda press: press.session(steps, cost, keep=keep))
         except BaseException:
             self._undo(passes)
             raise
 
-    def _run(self, job: Job, passes: list[Passes]) -> tuple[r.RunResult, ...]:
+    def _run(self, job: Job, passes: list[Passes]) -> list[release.Step]:
         made: dict[str, str] = {}
-        results, before = [], 0
+        steps, before = list[release.Step](), 0
         for i, step in enumerate(self.steps):
             room = (self.served, self.store, self.jobs, self.tenant)
             passes.append(Passes(f"{job.id}.{i}", step, *room))
             done = passes[i].run(job, made, before)
-            results.append(self._answer(passes[i].answer(done, step.cost.total_bits)))
+            steps.append(passes[i].step(done, step.cost.total_bits))
             made |= {f"step{i}.{name}": w.id for name, w in passes[i].writers[0].items()}
             before += step.sequences
-        return tuple(results)
-
-    def _answer(self, result: r.RunResult) -> r.RunResult:
-        """The result without handles that will not be there."""
-        if self.keep:
-            return result
-        variants = tuple(v.model_copy(update={"outputs": _left(v.outputs)}) for v in result.sweep)
-        return result.model_copy(update={"outputs": _left(result.outputs), "sweep": variants})
+        return steps
 
     def _undo(self, passes: list[Passes]) -> None:
         """Nothing was released: the rows go, the overhead stays charged."""
@@ -224,7 +218,3 @@ class Session:
     def _erase(self, passes: list[Passes]) -> None:
         for one in passes:
             one.erase()
-
-
-def _left(outputs: Mapping[str, r.Output]) -> dict[str, r.Output]:
-    return {name: o for name, o in outputs.items() if not isinstance(o, r.CaptureOutput)}

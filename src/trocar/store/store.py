@@ -74,11 +74,13 @@ class Store:
         widths: Mapping[str, int],
         program_hash: str,
         *,
+        handle: HandleId | None = None,
         ttl_s: float | None = None,
     ) -> Writer:
         """Starts a handle and returns its writer.
 
         Args:
+            handle: its id, from `ids.new_handle`; a new one when None.
             widths: width of a row by canonical site, for example {"resid_post.12": 576}.
             ttl_s: seconds from now after which the handle is gone, open or not; None to keep it.
 
@@ -94,7 +96,7 @@ class Store:
         self.sweep()
         now_s = self._clock()
         entry = Entry(
-            id=ids.new_handle(),
+            id=handle or ids.new_handle(),
             owner=owner,
             kind=ACTIVATIONS,
             fingerprint=fingerprint,

@@ -128,6 +128,14 @@ class OpView(Strict):
     fields: tuple[str, ...]
 
 
+class TierView(Strict):
+    """Bits of one released number and of one number of a row, and the door for rows, by tier of key."""
+
+    scalar_bits: int
+    vector_bits: int
+    raw: Literal["direct", "airlock", "never"]
+
+
 class CapabilitiesView(Public):
     """What this server can do, from the op table and the models it loaded."""
 
@@ -136,7 +144,7 @@ class CapabilitiesView(Public):
     engines: dict[str, str]
     ops: tuple[OpView, ...]
     fits: tuple[str, ...]
-    scalar_bits: int
+    tiers: dict[str, TierView]
     overhead_bits: int
 
 
@@ -252,6 +260,31 @@ class PatternOutput(Strict):
     probs: tuple[tuple[tuple[float, ...], ...], ...]
 
 
+class RawRows(Strict):
+    """Rows of one value.
+
+    Attributes:
+        data: base64 of whole numbers of `bits` bits, row after row, or of little-endian float32 at 32 bits
+            (`wire.packing`).
+        scales: of each row; empty at 32 bits.
+    """
+
+    site: str
+    width: int
+    data: str
+    scales: tuple[float, ...]
+
+
+class RawOutput(Strict):
+    """Rows as they are, of each value by its id."""
+
+    kind: Literal["raw"] = "raw"
+    prompts: tuple[int, ...]
+    positions: tuple[int, ...]
+    bits: int
+    values: dict[str, RawRows]
+
+
 class TextOutput(Strict):
     """Generated text and token ids per prompt; `finished` says whether an end token came."""
 
@@ -298,6 +331,7 @@ Output = Annotated[
     | ScoreOutput
     | MetricOutput
     | PatternOutput
+    | RawOutput
     | TextOutput
     | CaptureOutput
     | FitOutput,
@@ -322,6 +356,23 @@ class EditReceipt(Strict):
     norm_after: float
 
 
+class Precision(Strict):
+    """How numbers left.
+
+    Attributes:
+        scalar_bits: of a number; 32 is a float32, less are steps of the largest number of its output.
+        vector_bits: of a number of a raw row.
+        logprob_step: distance of neighbouring log-probabilities in nats; 0 when they are not rounded.
+        logprob_floor: the lowest log-probability that is told apart: it stands for everything below; None when
+            they are not rounded.
+    """
+
+    scalar_bits: int
+    vector_bits: int
+    logprob_step: float
+    logprob_floor: float | None
+
+
 class Receipt(Strict):
     """What ran: enough to cite and to repeat."""
 
@@ -335,6 +386,7 @@ class Receipt(Strict):
     edits: tuple[EditReceipt, ...]
     released_bits: dict[str, int]
     reserved_bits: int
+    precision: Precision
 
 
 class VariantResult(Strict):

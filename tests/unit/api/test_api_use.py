@@ -76,13 +76,16 @@ def test_a_text_that_stops_early_costs_less_than_its_plan(server: Any, bob: Call
         "text"
     ]["ids"][0][0]
     engine = server.engines["tiny"]
-    was = engine._body
-    engine._body = replace(was, eos=frozenset({first}))
+    was, facts = engine._body, engine._facts
+    engine._body, engine._facts = (
+        replace(was, eos=frozenset({first})),
+        facts.model_copy(update={"eos": (first,)}),
+    )
     try:
         plan = bob.post("/v1/plan", body).json["cost"]["total_bits"]
         heard = bob.run(body)
     finally:
-        engine._body = was
+        engine._body, engine._facts = was, facts
     text = heard.json["outputs"]["text"]
     assert (text["finished"], text["ids"], text["texts"]) == ([True], [[]], [""])
     assert int(heard.headers["x-trocar-bits"]) == OVERHEAD + 9
