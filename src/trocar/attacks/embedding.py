@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from trocar.attacks.extract import Ask, OneHot, harvest
+from trocar.attacks.extract import DOORS, Ask, Extractor, OneHot, harvest
 from trocar.attacks.loot import F64, Loot, Piece
 from trocar.attacks.purse import Purse, Raid
 from trocar.client import edit
@@ -37,12 +37,13 @@ def embedding_read(raid: Raid) -> Loot:
 def _read(raid: Raid, purse: Purse, tokens: Sequence[int]) -> Piece:
     width = raid.model.d_model
 
-    def ask(rows: Sequence[int], columns: Sequence[int]) -> Ask:
+    def ask(door: Extractor, rows: Sequence[int], columns: Sequence[int]) -> Ask:
         with purse.model.trace([[tokens[i] for i in rows]]) as t:
-            OneHot().save(t, t.embeddings["prompt[*]"], width, columns, NAME)
-        return Ask(t.recorded, partial(OneHot().read, columns=columns, name=NAME))
+            door.save(t, t.embeddings["prompt[*]"], width, columns, NAME)
+        return Ask(t.recorded, partial(door.read, columns=columns, name=NAME))
 
-    values = harvest(purse, len(tokens), width, raid.effort.batch_rows, ask)
+    asks = [partial(ask, door) for door in DOORS]
+    values = harvest(purse, len(tokens), width, raid.effort.batch_rows, *asks)
     return Piece.of("embed", tokens, values)
 
 

@@ -1,13 +1,14 @@
 """Numbers of rows, by whatever door is open: whole rows where `raw` gives them, else one number per direction.
 
-`harvest` fills a table of numbers request by request, as large as the budget admits, and at the end spends what
-is left on a part of one more row.
+`harvest` fills a table of numbers request by request, as large as budget and policy admit; where all columns are
+too many it takes fewer, and at the end it spends what is left on a part of one more row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -66,21 +67,47 @@ class OneHot:
         return np.stack([np.asarray(results[f"{name}.{c}"].values) for c in columns], axis=1)
 
 
-def harvest(purse: Purse, n_rows: int, n_columns: int, batch_rows: int, ask: Asker) -> F64:
-    """Float64 [n_rows, n_columns], NaN where the budget did not reach."""
+class WholeRows:
+    """The rows themselves, under `raw`; columns are picked here."""
+
+    def save(self, trace: Any, rows: Expr, width: int, columns: Sequence[int], name: str) -> None:
+        trace.save(name, trace.raw(rows))
+
+    def read(self, results: Mapping[str, Any], columns: Sequence[int], name: str) -> F64:
+        rows: F64 = np.asarray(results[name].to_numpy(), dtype=np.float64)[:, list(columns)]
+        return rows
+
+
+DOORS: Final[tuple[Extractor, ...]] = (WholeRows(), OneHot())
+
+
+def harvest(purse: Purse, n_rows: int, n_columns: int, batch_rows: int, *doors: Asker) -> F64:
+    """Float64 [n_rows, n_columns], NaN where the budget did not reach.
+
+    Args:
+        doors: ways to ask, the best first; the first that the server does not refuse is taken.
+    """
     table = np.full((n_rows, n_columns), np.nan)
     every = list(range(n_columns))
-    row = 0
-    while row < n_rows:
+    ask = next((d for d in doors[:-1] if purse.plan(d([0], every).recorded) is not None), doors[-1])
+    columns, row = every, 0
+    while row < n_rows and columns:
         rows = list(range(row, min(row + batch_rows, n_rows)))
-        fits = purse.most(lambda n, rows=rows: ask(rows[:n], every).recorded, len(rows))  # type: ignore[misc]
-        if not fits or not _take(purse, table, rows[:fits], every, ask):
+        fits = purse.most(partial(_recorded, ask, rows, columns), len(rows))
+        if fits and _take(purse, table, rows[:fits], columns, ask):
+            row += fits
+        elif row:
             break
-        row += fits
+        else:
+            columns = every[: len(columns) // 2]
     if row < n_rows:
-        fits = purse.most(lambda n: ask([row], every[:n]).recorded, n_columns)
-        _take(purse, table, [row], every[:fits], ask)
+        fits = purse.most(lambda n: doors[-1]([row], columns[:n]).recorded, len(columns))
+        _take(purse, table, [row], columns[:fits], doors[-1])
     return table
+
+
+def _recorded(ask: Asker, rows: Sequence[int], columns: Sequence[int], count: int) -> Recorded:
+    return ask(rows[:count], columns).recorded
 
 
 def _take(purse: Purse, table: F64, rows: Sequence[int], columns: Sequence[int], ask: Asker) -> bool:

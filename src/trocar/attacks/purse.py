@@ -13,7 +13,14 @@ from typing import Any, Final, TypeVar
 import numpy as np
 
 from trocar import errors
-from trocar.client.outputs import LensResult, LogprobsResult, MetricResult, PatternResult, ScoreResult
+from trocar.client.outputs import (
+    LensResult,
+    LogprobsResult,
+    MetricResult,
+    PatternResult,
+    RawResult,
+    ScoreResult,
+)
 from trocar.client.results import Plan, Text
 from trocar.client.sync import Client, Model
 from trocar.client.trace import Recorded
@@ -48,8 +55,10 @@ class Widths:
             return int(output.values.size) * self.number_bits
         if isinstance(output, list):
             return sum((len(t.ids) + 1) * self.token_bits for t in output if isinstance(t, Text))
-        rows = getattr(output, "rows", None)
-        return int(rows.size) * self.number_bits if isinstance(rows, np.ndarray) else 0
+        if isinstance(output, RawResult):
+            widths = sum(rows.width for rows in output.view.values.values())
+            return len(output.view.prompts) * widths * output.bits
+        return 0
 
 
 def _one_score(model: Model, tokens: int) -> dict[str, int]:
@@ -104,25 +113,28 @@ class Purse:
         return results
 
     def most(self, record: Callable[[int], Recorded], upto: int) -> int:
-        """How many of `upto` parts the budget admits in one request; prices grow evenly with the parts."""
-        if upto < 1:
-            return 0
-        full = self.plan(record(upto))
-        if full is None or full.admitted:
-            return 0 if full is None else upto
-        one = self.plan(record(1))
-        if one is None or not one.admitted or upto == 1:
-            self._note("budget_exhausted")
-            return 0
-        left = one.view.budget.left_bits or 0
-        each = -((one.bits - full.bits) // (upto - 1))
-        fits = min(upto - 1, 1 + (left - one.bits) // each)
-        while fits > 1 and not self._admits(record(fits)):
-            fits -= 1
-        return fits
+        """How many of `upto` parts one request may have, by budget and policy; plans are free."""
+        if upto < 1 or self._admits(record(upto)):
+            return upto
+        low, high = 0, upto
+        while high - low > 1:
+            middle = self._guess(record, low, high)
+            low, high = (middle, high) if self._admits(record(middle)) else (low, middle)
+        return low
+
+    def _guess(self, record: Callable[[int], Recorded], low: int, high: int) -> int:
+        """A number of parts between two: where the budget ends if prices grow evenly, else the middle."""
+        one, more = self.plan(record(1)), self.plan(record(high))
+        if one is None or more is None or one.view.budget.left_bits is None or high == 1:
+            return (low + high) // 2
+        each = max(1, -((one.bits - more.bits) // (high - 1)))
+        ends = 1 + (one.view.budget.left_bits - one.bits) // each
+        return ends if low < ends < high else ends + 1 if low < ends + 1 < high else (low + high) // 2
 
     def _admits(self, recorded: Recorded) -> bool:
         plan = self.plan(recorded)
+        if plan is not None and not plan.admitted:
+            self._note("budget_exhausted")
         return plan is not None and plan.admitted
 
     def post(self, path: str, body: Strict) -> Any:
