@@ -8,6 +8,7 @@ the attacker takes from the wire. Nobody tells either of them what the gate does
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,8 @@ from trocar import errors
 from trocar.engine.protocol import Generated, Task, TaskResult
 
 Bits = list[int]
+END = 257
+TOKENS = int(w.TEXT["generation"]["max_new_tokens"])
 
 
 def number(bits: Sequence[int]) -> int:
@@ -186,19 +189,31 @@ def texts(bits: Bits, _task: Task, result: TaskResult) -> TaskResult:
     """Tokens, and whether an end came."""
     ids = parts(bits[2:], 8)
     half = len(ids) // 2
-    told = Generated((tuple(ids[:half]), tuple(ids[half:])), (bool(bits[0]), bool(bits[1])))
-    return replace(result, outputs={"out": told})
+    ends = tuple(END if bit else None for bit in bits[:2])
+    return told(result, (tuple(ids[:half]), tuple(ids[half:])), ends)
+
+
+def told(result: TaskResult, ids: tuple[tuple[int, ...], ...], ends: tuple[int | None, ...]) -> TaskResult:
+    """A result that gives these texts; one without an end goes on to the most that was asked for."""
+    whole = tuple(
+        row if end is not None else (*row, *(0,) * (TOKENS - len(row)))
+        for row, end in zip(ids, ends, strict=True)
+    )
+    lengths = tuple(len(row) + (end is not None) for row, end in zip(whole, ends, strict=True))
+    return replace(result, outputs={"out": Generated(whole, ends)}, lengths=lengths)
 
 
 def read_texts(_wire: w.Wire, answer: w.Heard) -> Bits:
     output = answer.json["outputs"]["out"]
-    return [*map(int, output["finished"]), *(b for row in output["ids"] for i in row for b in bits_of(i, 8))]
+    return [
+        *map(int, output["finished"]),
+        *(b for row in output["ids"] for i in row[:4] for b in bits_of(i, 8)),
+    ]
 
 
 def lengths(bits: Bits, _task: Task, result: TaskResult) -> TaskResult:
     """How long the texts are."""
-    told = Generated(tuple((1,) * n for n in parts(bits, 2)), (True, True))
-    return replace(result, outputs={"out": told})
+    return told(result, tuple((1,) * n for n in parts(bits, 2)), (END, END))
 
 
 def read_lengths(_wire: w.Wire, answer: w.Heard) -> Bits:
@@ -242,11 +257,21 @@ def same(_bits: Bits, _task: Task, result: TaskResult) -> TaskResult:
 
 def count_up(bits: Bits, task: Task) -> None:
     task.progress(number(bits))
+    time.sleep(4 * w.LOOK_S)
 
 
-def _after(read: Callable[[Any], Bits]) -> Callable[[w.Wire, w.Heard], Bits]:
-    """From the job's view after the run."""
-    return lambda wire, _answer: read(wire.heard[-1].json)
+def read_counter(wire: w.Wire, _answer: w.Heard) -> Bits:
+    """The job's view, looked at while it ran and afterwards."""
+    seen = [h.json.get("done", 0) for h in (wire.heard[-1], *wire.heard[-4:-2]) if h.status == 200]
+    return bits_of(max(seen), 4000)
+
+
+def stall(bits: Bits, _task: Task) -> None:
+    time.sleep(0.3 * number(bits))
+
+
+def read_stall(wire: w.Wire, _answer: w.Heard) -> Bits:
+    return bits_of(round(wire.heard[-1].json["elapsed_s"] / 0.3), 2)
 
 
 MODES = (
@@ -267,5 +292,6 @@ MODES = (
         "order of outputs", w.TWO_SCORES, 1, ordered,
         lambda _w, a: [int([*a.json["outputs"]] == sorted(a.json["outputs"], reverse=True))],
     ),
-    Mode("progress", w.SCORE, 4000, same, _after(lambda job: bits_of(job.get("done", 0), 4000)), count_up),
+    Mode("progress", w.SCORE, 4000, same, read_counter, count_up),
+    Mode("time", w.SCORE, 2, same, read_stall, stall),
 )  # fmt: skip

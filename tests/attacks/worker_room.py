@@ -32,6 +32,7 @@ from trocar.store import Store
 Bend = Callable[[Task, TaskResult], TaskResult]
 PROMPTS = [[1, 2, 3, 4], [5, 6, 7, 8]]
 MODEL = "secret"
+LOOK_S = 0.05
 
 
 def straight(_task: Task, result: TaskResult) -> TaskResult:
@@ -159,6 +160,8 @@ class Wire:
         if started.status != 202:
             return started
         path = f"/v1/jobs/{started.json['job']}"
+        time.sleep(LOOK_S)
+        self.ask("GET", path)
         answer = self.ask("GET", f"{path}/result?wait_s=30")
         while answer.status == 202:
             answer = self.ask("GET", f"{path}/result?wait_s=30")
