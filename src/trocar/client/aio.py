@@ -20,6 +20,7 @@ from trocar.client.transport import Transport
 from trocar.graph.builder import EditSpec, Place, Position, SiteRows, selector
 from trocar.graph.canonical import expand
 from trocar.graph.facts import ModelFacts
+from trocar.wire import about
 from trocar.wire import requests as q
 from trocar.wire import results as r
 
@@ -311,7 +312,7 @@ class AsyncClient:
 
     async def models(self) -> tuple[ModelFacts, ...]:
         """Facts of the served models."""
-        return (await self.transport.get("/v1/models")).view(r.ModelsView).models
+        return (await self.transport.get("/v1/models")).view(about.ModelsView).models
 
     async def model(self, name: str) -> AsyncModel:
         """A served model by name.
@@ -327,9 +328,9 @@ class AsyncClient:
             )
         return AsyncModel(self, served[name])
 
-    async def capabilities(self) -> r.CapabilitiesView:
+    async def capabilities(self) -> about.CapabilitiesView:
         """Ops, fits, prices and engines of the server."""
-        return (await self.transport.get("/v1/capabilities")).view(r.CapabilitiesView)
+        return (await self.transport.get("/v1/capabilities")).view(about.CapabilitiesView)
 
     async def handles(self) -> tuple[r.HandleView, ...]:
         """The caller's handles."""
@@ -344,9 +345,9 @@ class AsyncClient:
         """The calling key's own account."""
         return (await self.transport.get("/v1/ledger")).view(r.LedgerView)
 
-    async def engine(self) -> r.EngineView:
+    async def engine(self) -> about.EngineView:
         """Batch counters; operators only."""
-        return (await self.transport.get("/v1/engine")).view(r.EngineView)
+        return (await self.transport.get("/v1/engine")).view(about.EngineView)
 
     async def job(self, job_id: str) -> AsyncJob[Any]:
         """A job by its id, for example after a restart of the client."""

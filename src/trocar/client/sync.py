@@ -22,6 +22,7 @@ from trocar.client.session import RecordedSession, Session
 from trocar.client.trace import Recorded, Trace
 from trocar.graph.builder import EditSpec, Position
 from trocar.graph.facts import ModelFacts
+from trocar.wire import about
 from trocar.wire import requests as q
 from trocar.wire import results as r
 
@@ -242,7 +243,7 @@ class Client:
         """A served model by name; `unknown_model` names the closest."""
         return Model(self, self._portal.call(self._core.model, name))
 
-    def capabilities(self) -> r.CapabilitiesView:
+    def capabilities(self) -> about.CapabilitiesView:
         """Ops, fits, prices and engines of the server."""
         return self._portal.call(self._core.capabilities)
 
@@ -258,7 +259,7 @@ class Client:
         """The calling key's own account."""
         return self._portal.call(self._core.ledger)
 
-    def engine(self) -> r.EngineView:
+    def engine(self) -> about.EngineView:
         """Batch counters; operators only."""
         return self._portal.call(self._core.engine)
 

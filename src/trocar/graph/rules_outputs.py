@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from trocar import errors, sites
-from trocar.graph import cost, ops, rules_arithmetic, rules_values
+from trocar.graph import cost, ops, rules_arithmetic, rules_values, words
 from trocar.graph.scope import Selection, Walk
 from trocar.graph.shapes import Value, require_aligned
 
@@ -87,7 +87,7 @@ def logprobs(node: ops.Logprobs, walk: Walk, path: str) -> None:
 
 
 def _tokens(
-    tokens: ops.Tokens | tuple[ops.Tokens, ...], walk: Walk, path: str
+    tokens: words.Tokens | tuple[words.Tokens, ...], walk: Walk, path: str
 ) -> tuple[tuple[int, ...], ...]:
     """Token ids per prompt, from one list for all or one list each."""
     n_prompts = len(walk.scope.lengths)
@@ -175,7 +175,7 @@ def metric(node: ops.Metric, walk: Walk, path: str) -> None:
         _require_next_token(node, selection, walk, f"{path}.at")
 
 
-def _pair(node: ops.Metric, tokens: ops.Tokens | tuple[ops.Tokens, ...], walk: Walk, path: str) -> None:
+def _pair(node: ops.Metric, tokens: words.Tokens | tuple[words.Tokens, ...], walk: Walk, path: str) -> None:
     ids = _tokens(tokens, walk, path)
     if len(ids[0]) != 2:
         raise errors.refuse("bad_value", path, f"logit_diff takes a pair of tokens, not {len(ids[0])}")

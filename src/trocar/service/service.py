@@ -27,11 +27,12 @@ from trocar.service.prepare import Prepared, Served, Vectors, digest, prepare
 from trocar.service.runs import Run
 from trocar.service.sessions import Session, prepare_session, session_cost
 from trocar.store import ArtifactInfo, HandleInfo, Store
+from trocar.wire import about
 from trocar.wire import requests as q
 from trocar.wire import results as r
 
 MAX_WAIT_S: Final = 30.0
-SUMMED: Final = tuple(n for n in r.EngineView.model_fields if n != "most_requests_in_a_forward")
+SUMMED: Final = tuple(n for n in about.EngineView.model_fields if n != "most_requests_in_a_forward")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +66,14 @@ class Service:
     # ---- public facts ----
 
     def health(self) -> Released:
-        return release.public(r.HealthView(status="ok", version=__version__))
+        return release.public(about.HealthView(status="ok", version=__version__))
 
     def models(self) -> Released:
-        return release.public(r.ModelsView(models=tuple(m.facts for m in self._models.values())))
+        return release.public(about.ModelsView(models=tuple(m.facts for m in self._models.values())))
 
     def capabilities(self) -> Released:
         ops = tuple(
-            r.OpView(
+            about.OpView(
                 op=row.op,
                 group=row.group,
                 doc=row.doc,
@@ -83,7 +84,7 @@ class Service:
             for row in SPEC.values()
         )
         return release.public(
-            r.CapabilitiesView(
+            about.CapabilitiesView(
                 version=__version__,
                 isolation="process",
                 engines={name: m.engine.name for name, m in self._models.items()},
@@ -230,7 +231,7 @@ class Service:
         self.gate.require_operator(principal)
         stats = [m.engine.stats() for m in self._models.values()]
         return release.public(
-            r.EngineView(
+            about.EngineView(
                 most_requests_in_a_forward=max((s.most_requests for s in stats), default=0),
                 **{name: sum(getattr(s, name) for s in stats) for name in SUMMED},
             )
@@ -291,8 +292,10 @@ def _plan(prepared: Prepared, budget: r.BudgetView) -> r.PlanView:
     )
 
 
-def _tier(prices: Prices) -> r.TierView:
-    return r.TierView(scalar_bits=prices.scalar_bits, vector_bits=prices.vector_bits, raw=prices.rules.raw)
+def _tier(prices: Prices) -> about.TierView:
+    return about.TierView(
+        scalar_bits=prices.scalar_bits, vector_bits=prices.vector_bits, raw=prices.rules.raw
+    )
 
 
 def _activations(info: HandleInfo) -> r.HandleView:

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trocar.graph.ops import HandleText
 from trocar.graph.program import Generation, Program
 from trocar.graph.sweep import Axis
+from trocar.graph.words import HandleText
 from trocar.strict import Strict
 
 MAX_TEXT = 200_000

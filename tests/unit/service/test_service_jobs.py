@@ -14,6 +14,7 @@ from trocar.errors import NotFound, Overloaded, RunFailed, ServerFault
 from trocar.gate import release
 from trocar.service import jobs as room
 from trocar.service.jobs import Job, Jobs
+from trocar.wire import about
 from trocar.wire import results as r
 
 WAIT_S = 10.0
@@ -28,7 +29,7 @@ def jobs() -> Iterator[Jobs]:
 
 
 def answer() -> Any:
-    return release.public(r.HealthView(status="ok", version="x"))
+    return release.public(about.HealthView(status="ok", version="x"))
 
 
 def test_a_job_is_done(jobs: Jobs) -> None:
