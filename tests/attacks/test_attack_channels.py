@@ -97,6 +97,14 @@ def left_out(secret: int, result: TaskResult) -> TaskResult:
     return replace(result, outputs=kept)
 
 
+def narrow(secret: int, o: Lensed) -> Lensed:
+    return replace(o, ids=o.ids[..., : secret % 3], logprobs=o.logprobs[..., :1])
+
+
+def strange(secret: int, ids: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    return ((10**6 + secret,), *ids[1:])
+
+
 def extra(secret: int, result: TaskResult) -> TaskResult:
     return replace(result, outputs={**result.outputs, f"x{secret}": result.outputs["out"]})
 
@@ -130,13 +138,13 @@ PLACES = (
     Place("positions of logprobs", w.LOGPROBS, tags(lambda s, t: replace(t, positions=t.positions - s))),
     Place("prompts of a pattern", w.PATTERN, tags(lambda s, t: replace(t, prompts=t.prompts + s))),
     Place("positions of generated rows", w.GENERATED, tags(lambda s, t: replace(t, positions=t.positions + s))),
-    Place("width of a lens", w.LENS, out(lambda s, o: replace(o, ids=o.ids[..., :s % 3], logprobs=o.logprobs[..., :1]))),
+    Place("width of a lens", w.LENS, out(narrow)),
     Place("ids outside the vocabulary", w.LENS, field("ids", lambda s, ids: ids + 2**40 * s), paid=True),
     Place("negative ids", w.LENS, field("ids", lambda s, ids: -s - ids), paid=True),
     Place("number of logprobs", w.LOGPROBS, field("logprobs", lambda s, x: x[:, : s % 3])),
     Place("number of metrics", w.METRIC, field("values", lambda s, x: x[: s % 2])),
     Place("shape of a pattern", w.PATTERN, field("probs", lambda s, x: x[:, : s % 2])),
-    Place("ids of a text outside the vocabulary", w.TEXT, field("ids", lambda s, ids: ((10**6 + s,), *ids[1:])), paid=True),
+    Place("ids of a text outside the vocabulary", w.TEXT, field("ids", strange), paid=True),
     Place("number of texts", w.TEXT, out(lambda s, o: Generated(o.ids[: s % 2], o.ends[: s % 2]))),
     Place("texts longer than asked for", w.TEXT, field("ids", lambda s, ids: ((s,) * (20 + s), *ids[1:])), paid=True),
     Place("end tokens that are none", w.TEXT, field("ends", lambda s, e: (s, *e[1:]))),

@@ -136,11 +136,16 @@ def plain(text: str) -> str:
 
 @dataclass
 class Wire:
-    """An attacker with a key: plain HTTP, and everything that was heard."""
+    """An attacker with a key: plain HTTP, and everything that was heard.
+
+    Attributes:
+        peeks: what was said of a job while it ran.
+    """
 
     app: Any
     secret: str
     heard: list[Heard] = field(default_factory=list)
+    peeks: list[Heard] = field(default_factory=list)
 
     def ask(self, method: str, path: str, body: Any = None) -> Heard:
         async def go() -> Heard:
@@ -161,7 +166,8 @@ class Wire:
             return started
         path = f"/v1/jobs/{started.json['job']}"
         time.sleep(LOOK_S)
-        self.ask("GET", path)
+        self.peeks.append(self.ask("GET", path))
+        self.heard.pop()  # what it says depends on the moment
         answer = self.ask("GET", f"{path}/result?wait_s=30")
         while answer.status == 202:
             answer = self.ask("GET", f"{path}/result?wait_s=30")

@@ -88,22 +88,39 @@ def harvest(purse: Purse, n_rows: int, n_columns: int, batch_rows: int, *doors: 
         doors: ways to ask, the best first; the first that the server does not refuse is taken.
     """
     table = np.full((n_rows, n_columns), np.nan)
-    every = list(range(n_columns))
-    ask = next((d for d in doors[:-1] if purse.plan(d([0], every).recorded) is not None), doors[-1])
-    columns, row = every, 0
-    while row < n_rows and columns:
-        rows = list(range(row, min(row + batch_rows, n_rows)))
-        fits = purse.most(partial(_recorded, ask, rows, columns), len(rows))
-        if fits and _take(purse, table, rows[:fits], columns, ask):
-            row += fits
-        elif row:
+    ask = next(
+        (d for d in doors[:-1] if purse.plan(d([0], range(n_columns)).recorded) is not None), doors[-1]
+    )
+    start, size = 0, n_columns
+    while start < n_columns and size:
+        columns = list(range(start, min(start + size, n_columns)))
+        done = _fill(purse, table, columns, batch_rows, ask)
+        if done == n_rows:
+            start += len(columns)
+        elif done:
+            _end(purse, table, done, columns, doors[-1])
             break
         else:
-            columns = every[: len(columns) // 2]
-    if row < n_rows:
-        fits = purse.most(lambda n: doors[-1]([row], columns[:n]).recorded, len(columns))
-        _take(purse, table, [row], columns[:fits], doors[-1])
+            size //= 2
     return table
+
+
+def _fill(purse: Purse, table: F64, columns: Sequence[int], batch_rows: int, ask: Asker) -> int:
+    """Reads some columns of all rows; how many rows it got."""
+    row = 0
+    while row < len(table):
+        rows = list(range(row, min(row + batch_rows, len(table))))
+        fits = purse.most(partial(_recorded, ask, rows, columns), len(rows))
+        if not fits or not _take(purse, table, rows[:fits], columns, ask):
+            break
+        row += fits
+    return row
+
+
+def _end(purse: Purse, table: F64, row: int, columns: Sequence[int], ask: Asker) -> None:
+    """The last bits buy a part of one more row."""
+    fits = purse.most(lambda n: ask([row], columns[:n]).recorded, len(columns))
+    _take(purse, table, [row], columns[:fits], ask)
 
 
 def _recorded(ask: Asker, rows: Sequence[int], columns: Sequence[int], count: int) -> Recorded:
