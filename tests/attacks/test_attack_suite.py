@@ -1,4 +1,4 @@
-"""The twelve attacks on a small random model: each steals where nothing protects, and is stopped where a budget does."""
+"""Twelve attacks on a small random model: each steals where nothing protects, and is stopped where a budget does."""
 
 from __future__ import annotations
 

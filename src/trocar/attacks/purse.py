@@ -114,27 +114,33 @@ class Purse:
 
     def most(self, record: Callable[[int], Recorded], upto: int) -> int:
         """How many of `upto` parts one request may have, by budget and policy; plans are free."""
-        if upto < 1 or self._admits(record(upto)):
+        full = self.plan(record(upto)) if upto else None
+        if upto < 1 or (full is not None and full.admitted):
             return upto
-        low, high = 0, upto
+        one = self.plan(record(1))
+        if one is None or not one.admitted:
+            if one is not None:
+                self._note("budget_exhausted")
+            return 0
+        return self._part(record, one, full, upto)
+
+    def _part(self, record: Callable[[int], Recorded], one: Plan, full: Plan | None, upto: int) -> int:
+        """More than none and fewer than all: where the budget ends when prices grow evenly, else by halves."""
+        left = one.view.budget.left_bits
+        low, high = 1, upto
+        if full is not None and left is not None and upto > 1:
+            self._note("budget_exhausted")
+            each = max(1, -((one.bits - full.bits) // (upto - 1)))
+            low, high = min(upto - 1, 1 + (left - one.bits) // each), 0
+            while low > 1 and not self._admits(record(low)):
+                low -= 1
         while high - low > 1:
-            middle = self._guess(record, low, high)
+            middle = (low + high) // 2
             low, high = (middle, high) if self._admits(record(middle)) else (low, middle)
         return low
 
-    def _guess(self, record: Callable[[int], Recorded], low: int, high: int) -> int:
-        """A number of parts between two: where the budget ends if prices grow evenly, else the middle."""
-        one, more = self.plan(record(1)), self.plan(record(high))
-        if one is None or more is None or one.view.budget.left_bits is None or high == 1:
-            return (low + high) // 2
-        each = max(1, -((one.bits - more.bits) // (high - 1)))
-        ends = 1 + (one.view.budget.left_bits - one.bits) // each
-        return ends if low < ends < high else ends + 1 if low < ends + 1 < high else (low + high) // 2
-
     def _admits(self, recorded: Recorded) -> bool:
         plan = self.plan(recorded)
-        if plan is not None and not plan.admitted:
-            self._note("budget_exhausted")
         return plan is not None and plan.admitted
 
     def post(self, path: str, body: Strict) -> Any:

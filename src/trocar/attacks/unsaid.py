@@ -33,7 +33,7 @@ def gradient_read(raid: Raid) -> Loot:
         {"id": "g", "op": "gradient", "of": "h", "token": 0},
         {"id": "out", "op": "score", "of": "g"},
     )
-    _send(raid.purse, nodes)
+    _put(raid.purse, nodes)
     return Loot((_nothing("unembed", raid.tokens(GRADIENT_TOKENS), raid.model.d_model),))
 
 
@@ -44,11 +44,11 @@ def adapter_initialisation(raid: Raid) -> Loot:
         {"id": "a", "op": "adapter", "site": f"q.{layer}", "rank": RANK, "init": "svd"},
         {"id": "out", "op": "raw", "of": ("a",)},
     )
-    _send(raid.purse, nodes)
+    _put(raid.purse, nodes)
     return Loot((_nothing(f"attn.q.{layer}", range(raid.model.facts.width("q")), raid.model.d_model),))
 
 
-def _send(purse: Purse, nodes: tuple[dict[str, Any], ...]) -> None:
+def _put(purse: Purse, nodes: tuple[dict[str, Any], ...]) -> None:
     body = Sent(model=purse.model.name, prompts=((0,),), program={"nodes": nodes})
     purse.post("/v1/runs", body)
 
