@@ -16,6 +16,7 @@ from trocar.gate import release
 from trocar.gate.answers import Tongue
 from trocar.gate.chain import Entry
 from trocar.gate.database import Database
+from trocar.gate.handles import Handles
 from trocar.gate.keys import Keys, Principal
 from trocar.gate.ledger import Ledger, Replay, Reservation
 from trocar.gate.policy import Lineage, Policy, Role, Tier
@@ -52,6 +53,7 @@ class Gate:
         self._cap = Tier(self.policy.data.lineage_tier) if cap is None else cap
         self._database = Database(url)
         self.keys = Keys(self._database)
+        self.handles = Handles(self._database)
         self.ledger = Ledger(self._database, self.policy)
 
     def prices(self, principal: Principal) -> Prices:

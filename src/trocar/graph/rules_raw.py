@@ -50,7 +50,8 @@ def _forbidden(ref: str, program: Program, walk: Walk, rules: Rules) -> str | No
     site = walk.values[ref].sites[0]
     if (site.layer or 0) < rules.first_raw_layer and site.name != "final_norm":
         return f"{site}: rows before layer {rules.first_raw_layer} stay, they are close to the embeddings"
-    blocks = blocks_between(site, program, walk)
+    writes = (walk.site(n.site, "") for n in program.nodes if isinstance(n, ops.EDIT_NODES))
+    blocks = blocks_between(site, writes, walk.scope.model.n_layers)
     if blocks is not None and blocks < rules.least_blocks:
         return (
             f"{ref!r} is read at {site}, {blocks} full blocks after the last write before it; "
@@ -83,11 +84,9 @@ def has_first(value: Value, selections: Mapping[str, Selection]) -> bool:
     return any(len(r.prompt) and r.prompt[0] == 0 for r in rows)
 
 
-def blocks_between(site: Site, program: Program, walk: Walk) -> int | None:
+def blocks_between(site: Site, writes: Iterable[Site], n_layers: int) -> int | None:
     """Full blocks between the last write before a site and the site; None without a write."""
-    n_layers = walk.scope.model.n_layers
     here = sites.order(site, n_layers)
-    writes = [walk.site(n.site, "") for n in program.nodes if isinstance(n, ops.EDIT_NODES)]
     before = [w for w in writes if sites.order(w, n_layers) <= here]
     return min((_blocks(w, site, n_layers) for w in before), default=None)
 

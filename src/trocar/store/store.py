@@ -146,6 +146,7 @@ class Store:
         arrays: Arrays,
         info: Any,
         *,
+        artifact: ArtifactId | None = None,
         ttl_s: float | None = None,
     ) -> ArtifactId:
         """Stores the result of a fit.
@@ -154,6 +155,7 @@ class Store:
             kind: what made it; any word but "activations".
             arrays: float32, float64 or int64 arrays by site and name.
             info: JSON values (finite numbers) to give back with it.
+            artifact: its id, from `ids.new_artifact`; a new one when None.
 
         Raises:
             ProgramError: `unknown_site` or `bad_value`.
@@ -162,7 +164,7 @@ class Store:
         if kind == ACTIVATIONS:
             raise errors.refuse("bad_value", "kind", f"{kind!r} is what handles are, not artifacts")
         self.sweep()
-        name, now_s = ids.new_artifact(), self._clock()
+        name, now_s = artifact or ids.new_artifact(), self._clock()
         entry = Entry(
             id=name,
             owner=owner,

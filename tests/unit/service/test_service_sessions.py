@@ -94,7 +94,7 @@ def test_a_prompt_patched_with_its_own_rows_is_unchanged(fresh: Any) -> None:
     clean, patched = run(fresh, step(*CLEAN), step(*PATCHED))
     assert np.abs(logprobs(clean) - logprobs(patched)).max() < 1e-4
     assert patched["receipt"]["edits"][0]["rows"] == 2
-    assert fresh.service._store.list("alice") == []
+    assert fresh.store.list("alice") == []
     assert held(fresh) == 0
 
 
@@ -114,9 +114,9 @@ def test_rows_of_one_prompt_change_another(fresh: Any) -> None:
 def test_captures_are_kept_or_gone(fresh: Any) -> None:
     (gone,) = run(fresh, step(*CLEAN))
     assert set(gone["outputs"]) == {"lp"}
-    assert fresh.service._store.list("alice") == []
+    assert fresh.store.list("alice") == []
     (kept,) = run(fresh, step(*CLEAN), keep=True)
-    assert kept["outputs"]["kept"]["handle"] in {i.id for i in fresh.service._store.list("alice")}
+    assert kept["outputs"]["kept"]["handle"] in {i.id for i in fresh.store.list("alice")}
 
 
 def test_every_kind_of_captured_rows(fresh: Any) -> None:
@@ -153,7 +153,7 @@ def test_a_step_may_generate_and_a_step_may_sweep(fresh: Any) -> None:
         fresh, step(*CLEAN, sweep=(Axis(node="lp", field="at", values=("prompt[0]", "prompt[1]")),))
     )
     assert [set(v["outputs"]) for v in captured[0]["sweep"]] == [{"lp"}, {"lp"}]
-    assert fresh.service._store.list("alice") == []
+    assert fresh.store.list("alice") == []
 
 
 def test_arrays_belong_to_steps(fresh: Any) -> None:
@@ -277,7 +277,7 @@ def test_a_step_that_fails_takes_everything_back(
     with pytest.raises(TrocarError) as caught:
         run(fresh, step(*CLEAN), step(*PATCHED, READ, KEPT), keep=keep)
     assert caught.value.code == "internal"
-    assert fresh.service._store.list("alice") == []
+    assert fresh.store.list("alice") == []
     assert held(fresh) == 0
     assert fresh.service.check() == []
 
@@ -291,21 +291,21 @@ def test_a_session_that_cannot_be_released_leaves_nothing(
     monkeypatch.setattr(type(fresh.service.gate), "release", refused)
     with pytest.raises(TrocarError):
         run(fresh, step(*CLEAN), keep=True)
-    assert fresh.service._store.list("alice") == []
+    assert fresh.store.list("alice") == []
     assert held(fresh) == 0
 
 
 def test_rows_deleted_between_the_steps(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tenant may delete a handle of a session that still runs: the session says so and holds nothing."""
-    plain = Passes.step
+    plain = Passes.arrays
 
-    def deleting(self: Passes, *args: Any) -> Any:
-        made = plain(self, *args)
-        for info in fresh.service._store.list("alice"):
-            fresh.service._store.delete("alice", info.id)
+    def deleting(self: Passes, results: Any) -> Any:
+        made = plain(self, results)
+        for info in fresh.store.list("alice"):
+            fresh.store.delete("alice", info.id)
         return made
 
-    monkeypatch.setattr(Passes, "step", deleting)
+    monkeypatch.setattr(Passes, "arrays", deleting)
     with pytest.raises(TrocarError) as caught:
         run(fresh, step(*CLEAN), step(*PATCHED))
     assert caught.value.code == "handle_not_found"
@@ -322,7 +322,7 @@ def test_a_cancelled_session_stops_between_or_within_steps(fresh: Any) -> None:
     with pytest.raises(TrocarError) as caught:
         released(fresh, job)
     assert caught.value.code == "cancelled"
-    assert fresh.service._store.list("alice") == []
+    assert fresh.store.list("alice") == []
     assert held(fresh) == 0
     assert fresh.engines["tiny"].stats().live_requests == 0
 
