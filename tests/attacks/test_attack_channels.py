@@ -174,7 +174,7 @@ def look(cell: w.Cell, program: dict[str, Any], *, paid: bool = False) -> View:
     for handle in handles:
         wire.ask("GET", f"/v1/handles/{handle['handle']}")
         wire.ask("DELETE", f"/v1/handles/{handle['handle']}")
-    cell.worker.behave()
+    cell.behave()
     heard = [h for h in wire.heard if h.status != 202]
     seen = tuple(w.seen(h) for h in heard if paid or h is not answer)
     return View(
@@ -207,7 +207,7 @@ def told_apart(views: list[View]) -> str:
 def test_a_place_is_closed(cell: w.Cell, place: Place) -> None:
     views = []
     for secret in SECRETS:
-        cell.worker.bend = lambda _task, result, secret=secret: place.bend(secret, result)
+        cell.engine.bend = lambda _task, result, secret=secret: place.bend(secret, result)
         views.append(look(cell, place.program, paid=place.paid))
     assert told_apart(views) == ""
 
@@ -233,9 +233,9 @@ def test_errors_say_nothing(cell: w.Cell, raised: Callable[[int], BaseException]
     views = []
     for secret in SECRETS:
         if when == "on arrival":
-            cell.worker.before = partial(fail, secret)
+            cell.engine.before = partial(fail, secret)
         else:
-            cell.worker.bend = partial(fail, secret)
+            cell.engine.bend = partial(fail, secret)
         views.append(look(cell, w.SCORE))
     assert told_apart(views) == ""
 
@@ -248,7 +248,7 @@ def test_few_codes_leave(cell: w.Cell) -> None:
         def fail(_task: Task, code: str = code) -> None:
             raise errors.refuse(code, "", "")
 
-        cell.worker.before = fail
+        cell.engine.before = fail
         views.add(look(cell, w.SCORE))
     assert len(views) <= 16
 
@@ -264,7 +264,7 @@ def test_progress_says_nothing(cell: w.Cell) -> None:
         views.append(w.seen(wire.ask("GET", f"/v1/jobs/{started['job']}")))
         held.release()
         wire.ask("GET", f"/v1/jobs/{started['job']}/result?wait_s=30")
-        cell.worker.behave()
+        cell.behave()
     assert len(set(views)) == 1, views[:2]
 
 
@@ -290,7 +290,7 @@ def _held_after(cell: w.Cell, first: Callable[[Task], None]) -> _Held:
         held.told.set()
         held.gone_on.wait(10)
 
-    cell.worker.before = before
+    cell.engine.before = before
     return held
 
 
@@ -304,7 +304,7 @@ def test_rows_nobody_asked_for_are_not_stored(cell: w.Cell) -> None:
             rows = RowTags(*(np.zeros(n, dtype=np.int64) for _ in range(3)), ("prompt",) * n)
             task.sinks["out"].append({"resid_post.1": np.zeros((n, 32), dtype=np.float32)}, rows)
 
-        cell.worker.before = before
+        cell.engine.before = before
         views.append(look(cell, w.CAPTURE))
     assert told_apart(views) == ""
 
@@ -313,11 +313,11 @@ def test_facts_are_those_that_were_loaded(cell: w.Cell) -> None:
     """What a model is, and whether its weights are open, is not for the worker to say while it runs."""
     views = []
     for secret in SECRETS:
-        cell.worker.lie = lambda f, s=secret: f.model_copy(update={"norms": {"resid_post": (float(s),)}})
+        cell.engine.lie = lambda f, s=secret: f.model_copy(update={"norms": {"resid_post": (float(s),)}})
         wire = cell.wire()
         wire.ask("GET", "/v1/models")
         wire.ask("GET", "/v1/capabilities")
-        cell.worker.behave()
+        cell.behave()
         views.append(tuple(w.seen(h) for h in wire.heard))
     assert len(set(views)) == 1
 
@@ -337,10 +337,10 @@ def test_the_worker_cannot_lift_its_limit(cell: w.Cell, lie: str, tier: Tier) ->
     """Whatever it says of itself while it runs, what leaves is charged to the secret that was loaded."""
     wire = cell.wire(tier=tier)
     honest = wire.budget()
-    cell.worker.lie = lambda f: f.model_copy(update=LIES[lie])
+    cell.engine.lie = lambda f: f.model_copy(update=LIES[lie])
     answer = wire.run(w.LENS)
     told = wire.budget()
-    cell.worker.behave()
+    cell.behave()
     assert told["limit_bits"] == honest["limit_bits"]
     assert wire.budget()["spent_bits"] - honest["spent_bits"] == answer.charged_bits
     assert answer.status == (200 if tier is Tier.external else 403)
@@ -351,7 +351,7 @@ def test_the_worker_cannot_lift_its_limit(cell: w.Cell, lie: str, tier: Tier) ->
 def test_the_name_of_an_engine_is_fixed(cell: w.Cell) -> None:
     views = []
     for secret in SECRETS:
-        cell.worker.calls_itself = f"w{secret}"
+        cell.engine.calls_itself = f"w{secret}"
         views.append(look(cell, w.SCORE))
     assert told_apart(views) == ""
 

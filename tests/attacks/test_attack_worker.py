@@ -37,15 +37,15 @@ def secret_bits(count: int, seed: int = 0) -> s.Bits:
 
 def attempt(cell: w.Cell, wire: w.Wire, mode: s.Mode, bits: s.Bits) -> tuple[w.Heard, int]:
     """One run in one mode; the bits that came across are those beyond what guessing gives."""
-    cell.worker.bend = lambda task, result: mode.hide(bits, task, result)
-    cell.worker.before = lambda task: mode.before(bits, task)
+    cell.engine.bend = lambda task, result: mode.hide(bits, task, result)
+    cell.engine.before = lambda task: mode.before(bits, task)
     try:
         answer = wire.run(mode.program)
         read = mode.read(wire, answer)
     except (KeyError, ValueError, IndexError, TypeError):
         read = []  # the answer is not of the shape that was hoped for
     finally:
-        cell.worker.behave()
+        cell.behave()
     return answer, gained(bits, read)
 
 
@@ -111,7 +111,7 @@ def test_all_that_varies_is_charged(cell: w.Cell, name: str) -> None:
     wire = cell.wire()
     prices = s.Prices.of(wire)
     rng = np.random.default_rng(1)
-    cell.worker.bend = lambda _task, result: noisy(result, rng)
+    cell.engine.bend = lambda _task, result: noisy(result, rng)
     answers = [wire.run(PROGRAMS[name]) for _ in range(6)]
     assert {a.status for a in answers} == {200}
     assert len({s.fixed(a.json) for a in answers}) == 1
@@ -149,7 +149,7 @@ def test_a_number_has_no_more_values_than_its_bits(cell: w.Cell) -> None:
     wire = cell.wire()
     prices = s.Prices.of(wire)
     prompts = [list(np.random.default_rng(2).integers(0, 250, 200).tolist())] * 5
-    cell.worker.bend = lambda _task, r: s.out(r, scores=np.linspace(-1, 1, 1000, dtype=np.float32) ** 3)
+    cell.engine.bend = lambda _task, r: s.out(r, scores=np.linspace(-1, 1, 1000, dtype=np.float32) ** 3)
     answer = wire.run({**w.SCORE, "prompts": prompts})
     values = set(answer.json["outputs"]["out"]["scores"])
     assert len(values) <= 2**prices.number_bits
@@ -167,9 +167,9 @@ def test_failing_is_charged(cell: w.Cell) -> None:
                 raise ValueError
             return result
 
-        cell.worker.bend = maybe
+        cell.engine.bend = maybe
         wire.run(w.SCORE)
-    cell.worker.behave()
+    cell.behave()
     ends = [h for h in wire.heard if h.status >= 400 or '"outputs"' in h.body.decode()]
     heard = [int(h.status != 200) for h in ends]
     overhead = wire.plan(w.SCORE)["cost"]["bits_out"]["overhead"]

@@ -10,7 +10,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,8 +25,9 @@ from trocar.engine.protocol import EngineStats, Task, TaskResult
 from trocar.gate.gate import Gate
 from trocar.gate.policy import Role, Tier
 from trocar.graph.facts import ModelFacts
-from trocar.service.prepare import Served
+from trocar.service.local import LocalWorker
 from trocar.service.service import Service
+from trocar.service.worker import FitOrder, Model, RunOrder, Watch
 from trocar.store import Store
 
 Bend = Callable[[Task, TaskResult], TaskResult]
@@ -40,14 +41,13 @@ def straight(_task: Task, result: TaskResult) -> TaskResult:
 
 
 @dataclass
-class Worker:
+class BentEngine:
     """An engine in the attacker's hands.
 
     Attributes:
         bend: what it makes of an honest result.
         before: what it does when a task arrives; it may raise.
         lie: what it says of itself.
-        calls_itself: its name.
     """
 
     honest: Any
@@ -92,6 +92,53 @@ class Worker:
 
     def behave(self) -> None:
         self.bend, self.before, self.lie, self.calls_itself = straight, lambda _t: None, lambda f: f, "hf"
+
+
+@dataclass
+class BentWorker:
+    """A whole worker in the attacker's hands: what it gives to the gate, and what it tells while it works.
+
+    Attributes:
+        bend: what it makes of honest arrays.
+        before: what it does when an order arrives; it may raise.
+        bend_fit: what it makes of a fit's numbers.
+    """
+
+    honest: LocalWorker
+    bend: Callable[[RunOrder, list[Any]], Any] = lambda _order, arrays: arrays
+    before: Callable[[RunOrder, Watch], None] = lambda _order, _watch: None
+    bend_fit: Callable[[Any], Any] = lambda arrays: arrays
+
+    @property
+    def name(self) -> str:
+        return self.honest.name
+
+    def run(self, order: RunOrder, watch: Watch) -> list[Any]:
+        self.before(order, watch)
+        found: list[Any] = self.bend(order, [dict(arrays) for arrays in self.honest.run(order, watch)])
+        return found
+
+    def fit(self, order: FitOrder, watch: Watch) -> Any:
+        return self.bend_fit(dict(self.honest.fit(order, watch)))
+
+    def erase(self, tenant: str, handles: Sequence[str]) -> None:
+        self.honest.erase(tenant, handles)
+
+    def stats(self) -> EngineStats:
+        return self.honest.stats()
+
+    def check(self) -> list[str]:
+        return []
+
+    def halt(self) -> None:
+        self.honest.halt()
+
+    def close(self) -> None:
+        self.honest.close()
+
+    def behave(self) -> None:
+        self.bend, self.before = lambda _order, arrays: arrays, lambda _order, _watch: None
+        self.bend_fit = lambda arrays: arrays
 
 
 @dataclass(frozen=True)
@@ -183,33 +230,31 @@ class Wire:
 
 @dataclass(frozen=True)
 class Cell:
-    """A service whose only engine is compromised."""
+    """A service whose only worker is compromised."""
 
     service: Service
-    worker: Worker
+    engine: BentEngine
+    worker: BentWorker
     app: Any
 
     def wire(self, tenant: str = "eve", tier: Tier = Tier.external) -> Wire:
         return Wire(self.app, self.service.gate.keys.create(tenant, tier, Role.researcher).secret)
 
+    def behave(self) -> None:
+        self.engine.behave()
+        self.worker.behave()
+
 
 @contextmanager
 def cell(loaded: Any, folder: Path) -> Iterator[Cell]:
-    gate = Gate(f"sqlite:///{folder / 'ledger.db'}")
-    worker = Worker(HFEngine(loaded))
-    service = Service([Served(loaded, worker)], Store(folder / "store"), gate)
+    gate, store = Gate(f"sqlite:///{folder / 'ledger.db'}"), Store(folder / "store")
+    engine = BentEngine(HFEngine(loaded))
+    worker = BentWorker(LocalWorker(loaded, engine, store))
+    service = Service([Model(engine.facts, loaded.text, worker)], gate, (store,))
     try:
-        yield Cell(service, worker, create_app(service))
+        yield Cell(service, engine, worker, create_app(service))
     finally:
         service.close()
-
-
-def wait_until(true: Callable[[], bool], most_s: float = 10.0) -> None:
-    """For what the worker does in a thread of its own."""
-    end_s = time.monotonic() + most_s
-    while not true() and time.monotonic() < end_s:
-        time.sleep(0.01)
-    assert true()
 
 
 # ---- innocent programs ----------------------------------------------------------------------------

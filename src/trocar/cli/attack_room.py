@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +18,18 @@ import httpx
 
 from trocar.api.app import create_app
 from trocar.attacks.loot import TOLERANCE, Loot, Score, score
-from trocar.attacks.purse import Effort, Purse, Raid
+from trocar.attacks.purse import Purse, Raid
 from trocar.attacks.table import Attack
 from trocar.cli.attack_models import Subject, subject
 from trocar.cli.attack_offline import OFFLINE
 from trocar.client.sync import Client
 from trocar.engine.hf.engine import HFEngine
-from trocar.engine.protocol import Engine, EngineStats, Task, TaskResult
 from trocar.gate.gate import Gate
 from trocar.gate.policy import Role, Tier
 from trocar.graph.facts import ModelFacts
-from trocar.service.prepare import Served
+from trocar.service.local import LocalWorker
 from trocar.service.service import Service
+from trocar.service.worker import Model
 from trocar.store import Store
 
 OPEN: Final = "open"
@@ -88,33 +87,6 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Alias:
-    """An engine under the facts of another model: same weights, another name and lineage."""
-
-    engine: Engine
-    facts: ModelFacts
-
-    @property
-    def name(self) -> str:
-        return self.engine.name
-
-    def submit(self, task: Task) -> Future[TaskResult]:
-        return self.engine.submit(task)
-
-    def cancel(self, request: str) -> None:
-        self.engine.cancel(request)
-
-    def stats(self) -> EngineStats:
-        return self.engine.stats()
-
-    def check(self) -> list[str]:
-        return self.engine.check()
-
-    def close(self) -> None:
-        self.engine.close()
-
-
-@dataclass(frozen=True, slots=True)
 class Room:
     """A running server around one subject."""
 
@@ -142,8 +114,10 @@ def room(model: str, attacks: Sequence[Attack], folder: Path) -> Iterator[Room]:
     gate = Gate(f"sqlite:///{folder / 'ledger.db'}")
     engine = HFEngine(found.loaded)
     names = {OPEN: True, **{attack.name: False for attack in attacks}}
-    served = [Served(found.loaded, Alias(engine, _facts(engine.facts, n, free))) for n, free in names.items()]
-    service = Service(served, Store(folder / "store"), gate)
+    store = Store(folder / "store")
+    worker = LocalWorker(found.loaded, engine, store)
+    models = [Model(_facts(engine.facts, n, free), found.loaded.text, worker) for n, free in names.items()]
+    service = Service(models, gate, (store,))
     try:
         yield Room(found, service, create_app(service))
     finally:
@@ -221,6 +195,3 @@ def problems(attack: Attack, side: Side) -> Iterator[str]:
             yield f"the error {error:.4f} is below {least:.4f}, the least for {side.charged_bits} bits"
     if not side.refusals:
         yield "nothing stopped it"
-
-
-__all__ = ["Alias", "Effort", "Room", "Row", "Side", "play", "problems", "room"]
