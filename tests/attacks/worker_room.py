@@ -209,6 +209,10 @@ class Wire:
     def run(self, program: Mapping[str, Any]) -> Heard:
         """The answer to a program, once there is one."""
         started = self.ask("POST", "/v1/runs", {"model": MODEL, "prompts": PROMPTS, **program})
+        return self.finish(started)
+
+    def finish(self, started: Heard) -> Heard:
+        """The answer of a job that was started."""
         if started.status != 202:
             return started
         path = f"/v1/jobs/{started.json['job']}"
