@@ -6,6 +6,7 @@ part matters. Tests that ask for SmolLM2 carry the marker `model`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|a|>' + m['role'] + '\\n' + m['content'] + '<|b|>\\n' }}{% endfor %}"
@@ -139,6 +142,15 @@ def tiny_of() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A real PostgreSQL server, the same for all tests; each asks it for a schema of its own."""
+    from postgres_server import running
+
+    with running() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Any:
     from trocar.models.load import load
     from trocar.models.pull import pull
@@ -154,6 +166,12 @@ def gemma3_270m() -> Any:
 
     pull(GEMMA3)
     return load(GEMMA3)
+
+
+@pytest.fixture(scope="session")
+def true_weights() -> Any:
+    """The model that `tiny` was made of, with its weights as they were before packing."""
+    return random_model()
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,8 @@ def subspace(raid: Raid) -> Loot:
     tokens = raid.tokens(raid.effort.tokens)
     most = raid.purse.numbers(n_rows * len(tokens))
     if n_rows * len(tokens) > most:
-        n_rows = max(1, min(n_rows, math.isqrt(most // 2)))
-        tokens = tokens[: max(1, min(len(tokens), most // n_rows))]
+        tokens = tokens[: max(1, min(len(tokens), 2 * math.isqrt(most // 2)))]
+        n_rows = max(1, min(n_rows, most // len(tokens)))
     whole = _centred_rows(_ordinary(raid, n_rows, tokens))
     rank = min(len(whole), raid.model.d_model, len(tokens))
     span = np.linalg.svd(whole, full_matrices=False)[2][:rank] if rank else np.zeros((0, len(tokens)))

@@ -106,8 +106,9 @@ class AsyncActivations:
     async def fit(
         self,
         kind: q.FitKind,
-        labels: Sequence[Any],
+        labels: Sequence[Any] | None = None,
         *,
+        target: StoredRows | None = None,
         groups: Sequence[int | str] | None = None,
         test_fraction: float = 0.25,
         seed: int = 0,
@@ -116,8 +117,10 @@ class AsyncActivations:
         """Fits every captured site on the server; only metrics come back. See docs/fits.md.
 
         Args:
-            kind: `logistic` (Alain & Bengio 2016), `mean_diff` (Marks & Tegmark 2023) or `ridge`.
-            labels: one per prompt, in prompt order.
+            kind: `logistic` (Alain & Bengio 2016), `mean_diff` (Marks & Tegmark 2023), `ridge`, or `linear_map`
+                (least squares to the rows of `target`; refused where the weights are a secret).
+            labels: one per prompt, in prompt order; not for a linear map.
+            target: `acts["mlp_out.3"]` of other activations of the same prompts.
             groups: one per prompt; a group never stands on both sides of the split.
             test_fraction: held-out part.
 
@@ -128,7 +131,9 @@ class AsyncActivations:
             q.FitRequest,
             handle=self.handle,
             kind=kind,
-            labels=tuple(plain(x) for x in labels),
+            labels=None if labels is None else tuple(plain(x) for x in labels),
+            target=None if target is None else target.handle,
+            target_site=None if target is None else target.site,
             groups=None if groups is None else tuple(plain(x) for x in groups),
             test_fraction=test_fraction,
             seed=seed,

@@ -120,8 +120,9 @@ class Activations:
     def fit(
         self,
         kind: q.FitKind,
-        labels: Sequence[Any],
+        labels: Sequence[Any] | None = None,
         *,
+        target: StoredRows | None = None,
         groups: Sequence[int | str] | None = None,
         test_fraction: float = 0.25,
         seed: int = 0,
@@ -130,7 +131,14 @@ class Activations:
         """Fits every captured site on the server; only metrics come back. See `AsyncActivations.fit`."""
         core = aio.AsyncActivations(self.client._core, self.stored)
         return self.client._portal.call(
-            core.fit, kind, labels, groups=groups, test_fraction=test_fraction, seed=seed, l2=l2
+            core.fit,
+            kind,
+            labels,
+            target=target,
+            groups=groups,
+            test_fraction=test_fraction,
+            seed=seed,
+            l2=l2,
         )
 
     def delete(self) -> None:

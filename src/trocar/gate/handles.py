@@ -96,7 +96,7 @@ class Handle:
             handle=self.id,
             kind="activations" if stored else "artifact",
             fingerprint=self.fingerprint,
-            widths=self.widths,
+            widths={} if self.own_targets else self.widths,  # a map is no direction
             rows_per_prompt=self.counts,
             has_probe=not stored and all("weights" in arrays for arrays in self.shapes.values()),
         )

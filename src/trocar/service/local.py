@@ -43,10 +43,12 @@ class LocalWorker:
             raise
 
     def fit(self, order: FitOrder, watch: Watch) -> Arrays:
+        if order.request.kind == "linear_map" or order.labels is None:
+            return self._map(order, watch)
         reader = self.store.open(order.tenant, order.request.handle)
         request = order.request
         result = analysis.fit(
-            request.kind,
+            order.request.kind,
             {site: partial(_load, reader, watch, i, site) for i, site in enumerate(order.sites)},
             order.labels,
             order.groups,
@@ -57,6 +59,19 @@ class LocalWorker:
         self._save(order, reader, result)
         return {"metrics": np.array([numbers(f) for f in result.sites.values()], dtype=np.float32)}
 
+    def _map(self, order: FitOrder, watch: Watch) -> Arrays:
+        request, reader = order.request, self.store.open(order.tenant, order.request.handle)
+        target = self.store.open(order.tenant, request.target or "").read(request.target_site or "")
+        y, made, found = target.astype(np.float64), dict[str, dict[str, npt.NDArray[Any]]](), []
+        fraction, seed = request.test_fraction, request.seed
+        for i, site in enumerate(order.sites):
+            x = np.asarray(_load(reader, watch, i, site), dtype=np.float64)
+            fit = analysis.linear_map(x, y, test_fraction=fraction, seed=seed, l2=request.l2)
+            made[site] = {"map": fit.map.astype(np.float32), "bias": fit.bias.astype(np.float32)}
+            found.append((fit.r2, fit.r2_train))
+        self._keep(order, reader, made, request.seed)
+        return {"metrics": np.array(found, dtype=np.float32)}
+
     def _save(self, order: FitOrder, reader: Reader, result: analysis.FitResult) -> None:
         made: dict[str, dict[str, npt.NDArray[Any]]] = {
             site: {
@@ -66,7 +81,12 @@ class LocalWorker:
             }
             for site, f in result.sites.items()
         }
-        info = {"model": reader.info.model, "from": reader.info.id, "seed": result.seed}
+        self._keep(order, reader, made, result.seed)
+
+    def _keep(
+        self, order: FitOrder, reader: Reader, made: dict[str, dict[str, npt.NDArray[Any]]], seed: int
+    ) -> None:
+        info = {"model": reader.info.model, "from": reader.info.id, "seed": seed}
         self.store.save_artifact(
             order.tenant,
             order.request.kind,

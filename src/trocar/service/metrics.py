@@ -15,6 +15,7 @@ METRICS: Final = {
     "logistic": _CLASS_METRICS,
     "mean_diff": _CLASS_METRICS,
     "ridge": ("r2", "r2_low", "r2_high", "r2_shuffled", "r2_train", "direction_norm"),
+    "linear_map": ("r2", "r2_train"),
 }
 """Names of the numbers that a fit gives for each site, in order."""
 

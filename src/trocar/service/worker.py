@@ -53,7 +53,7 @@ class FitOrder:
     """A fit of stored rows.
 
     Attributes:
-        labels, groups: one per row.
+        labels, groups: one per row; None for a linear map.
         artifact: id that the artifact gets.
     """
 
@@ -61,7 +61,7 @@ class FitOrder:
     tenant: str
     request: FitRequest
     sites: tuple[str, ...]
-    labels: Sequence[bool | int | float]
+    labels: Sequence[bool | int | float] | None
     groups: Sequence[int | str] | None
     artifact: str
 
