@@ -32,6 +32,10 @@ REAL = {
 }
 
 
+# Stopped by a rule before a budget runs out.
+RULED = {"activation-target": "policy", "boolean-oracle": "rank_exhausted"}
+
+
 @pytest.fixture(scope="module")
 def rows() -> dict[str, Row]:
     return {row.attack: row for row in attack_room.play("random", ATTACKS)}
@@ -70,7 +74,28 @@ def test_an_attack_spends_what_it_has(rows: dict[str, Row], attack: Attack) -> N
     """Nothing is stopped for want of trying: the window of a day is used up, where there is one, or all there is."""
     on, policy = rows[attack.name].secret, Policy()
     day = policy.data.lineage_day_ppm / (policy.terms(Tier.external).life_ppm or 1)
+    if attack.name in RULED:
+        assert RULED[attack.name] in on.refusals
+        return
     assert on.charged_bits >= 0.8 * day * (on.limit_bits or 0)
+
+
+PATIENT = ("embedding-read", "subspace", "steer-logprobs", "coalition")
+
+
+@pytest.fixture(scope="module")
+def waited() -> dict[str, Row]:
+    return {
+        row.attack: row for row in attack_room.play("random", [BY_NAME[n] for n in PATIENT], patient=True)
+    }
+
+
+@pytest.mark.parametrize("name", PATIENT)
+def test_a_thief_who_waits_gets_the_limit_for_life_and_no_more(waited: dict[str, Row], name: str) -> None:
+    on = waited[name].secret
+    assert waited[name].problems == ()
+    assert 0.8 * (on.limit_bits or 0) <= on.charged_bits <= (on.limit_bits or 0)
+    assert on.error >= on.least_error
 
 
 def test_a_coalition_is_no_better(rows: dict[str, Row]) -> None:
@@ -96,7 +121,7 @@ def test_what_must_not_be_is_noticed(rows: dict[str, Row]) -> None:
 def test_the_command_prints_a_table(
     rows: dict[str, Row], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(attack_room, "play", lambda _model, attacks: [rows[a.name] for a in attacks])
+    monkeypatch.setattr(attack_room, "play", lambda _model, attacks, **_: [rows[a.name] for a in attacks])
     assert main(["attack", "run"]) == 0
     said = capsys.readouterr().out
     assert all(a.name in said for a in ATTACKS)
@@ -112,7 +137,7 @@ def test_the_command_fails_when_more_came_out(
     rows: dict[str, Row], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     bad = replace(rows["coalition"], problems=("12 bits came, 11 were charged",))
-    monkeypatch.setattr(attack_room, "play", lambda _model, _attacks: [bad])
+    monkeypatch.setattr(attack_room, "play", lambda _model, _attacks, **_: [bad])
     assert main(["attack", "run", "--attack", "coalition"]) == 1
     assert "coalition: 12 bits came, 11 were charged" in capsys.readouterr().out
 

@@ -93,8 +93,6 @@ def boolean_oracle(raid: Raid) -> Loot:
     """Truth values alone: each halves an interval. A weight costs as many bits as it has."""
     tokens, width = raid.tokens(raid.effort.oracle_tokens), raid.model.d_model
     scale = _scale(raid, tokens[0])
-    if scale is None:
-        return Loot((Piece.of("embed", tokens, np.full((len(tokens), width), np.nan)),))
     low, high = np.full((len(tokens), width), -SPREAD * scale), np.full((len(tokens), width), SPREAD * scale)
     answers = np.zeros(low.shape, dtype=np.int64)
     for number in range(raid.effort.oracle_rounds):
@@ -131,8 +129,11 @@ def _save_truths(t: Any, numbers: Sequence[Expr], columns: Sequence[int], test: 
         t.save(f"{NAME}.{column}", t.score(test(number)))
 
 
-def _scale(raid: Raid, token: int) -> float | None:
-    """The standard deviation, to a factor of two: which power of two a sixth of one row lies above."""
+def _scale(raid: Raid, token: int) -> float:
+    """The standard deviation, to a factor of two: which power of two a sixth of one row lies above.
+
+    Where that may not be asked it is guessed: rows of norm one are usual.
+    """
     columns = range(min(SCALE_DIRECTIONS, raid.model.d_model))
     with raid.model.trace([[token]]) as t:
         numbers = OneHot().numbers(t, t.embeddings["prompt[*]"], raid.model.d_model, list(columns))
@@ -140,7 +141,7 @@ def _scale(raid: Raid, token: int) -> float | None:
             for column, number in zip(columns, numbers, strict=True):
                 t.save(f"{NAME}{i}.{column}", t.score(number > bound))
     results = raid.purse.run(t.recorded)
-    return None if results is None else _level(results, len(columns))
+    return float(raid.model.d_model**-0.5) if results is None else _level(results, len(columns))
 
 
 def _level(results: Mapping[str, Any], count: int) -> float:

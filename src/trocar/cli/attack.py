@@ -28,6 +28,9 @@ def run(
     attack: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Attack to make; repeat it; all by default.")
     ] = None,
+    patient: Annotated[
+        bool, typer.Option("--patient", help="Lift the windows of a day: a thief can wait.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Try to steal a model's weights, twice; exit code 1 when more came out than was charged for."""
@@ -40,7 +43,7 @@ def run(
     from trocar.cli import attack_room
 
     wanted = [a for a in ATTACKS if not attack or a.name in attack]
-    rows = attack_room.play(model, wanted)
+    rows = attack_room.play(model, wanted, patient=patient)
     if json:
         show.as_json([asdict(row) for row in rows])
     else:

@@ -25,7 +25,7 @@ from trocar.cli.attack_offline import OFFLINE
 from trocar.client.sync import Client
 from trocar.engine.hf.engine import HFEngine
 from trocar.gate.gate import Gate
-from trocar.gate.policy import Role, Tier
+from trocar.gate.policy import Policy, Role, Tier
 from trocar.graph.facts import ModelFacts
 from trocar.service.local import LocalWorker
 from trocar.service.service import Service
@@ -101,17 +101,22 @@ class Room:
         return Purse.of(client, model)
 
 
-def play(model: str, attacks: Sequence[Attack]) -> list[Row]:
-    """Makes the attacks on a model, each on both sides."""
-    with tempfile.TemporaryDirectory() as folder, room(model, attacks, Path(folder)) as made:
+def play(model: str, attacks: Sequence[Attack], *, patient: bool = False) -> list[Row]:
+    """Makes the attacks on a model, each on both sides, under the default policy.
+
+    Args:
+        patient: whether the windows of a day are as wide as those for life, as if days went by.
+    """
+    policy = without_days() if patient else Policy()
+    with tempfile.TemporaryDirectory() as folder, room(model, attacks, Path(folder), policy) as made:
         return [_row(made, attack) for attack in attacks]
 
 
 @contextmanager
-def room(model: str, attacks: Sequence[Attack], folder: Path) -> Iterator[Room]:
+def room(model: str, attacks: Sequence[Attack], folder: Path, policy: Policy) -> Iterator[Room]:
     """A server in this process, closed afterwards."""
     found = subject(model, folder / "model")
-    gate = Gate(f"sqlite:///{folder / 'ledger.db'}")
+    gate = Gate(f"sqlite:///{folder / 'ledger.db'}", policy)
     engine = HFEngine(found.loaded)
     names = {OPEN: True, **{attack.name: False for attack in attacks}}
     store = Store(folder / "store")
@@ -122,6 +127,16 @@ def room(model: str, attacks: Sequence[Attack], folder: Path) -> Iterator[Room]:
         yield Room(found, service, create_app(service))
     finally:
         service.close()
+
+
+def without_days() -> Policy:
+    """The default policy of somebody who waits."""
+    usual = Policy()
+    tiers = usual.people.tiers
+    external = tiers.external.model_copy(update={"day_ppm": tiers.external.life_ppm})
+    people = usual.people.model_copy(update={"tiers": tiers.model_copy(update={"external": external})})
+    data = usual.data.model_copy(update={"lineage_day_ppm": tiers.external.life_ppm})
+    return usual.model_copy(update={"people": people, "data": data})
 
 
 def _facts(facts: ModelFacts, name: str, free: bool) -> ModelFacts:
