@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -77,7 +78,8 @@ def running() -> Iterator[PostgresServer]:
             _wait(server)
             yield server
         finally:
-            server.process.terminate()
+            # SIGINT: it hangs up on whoever is still connected; SIGTERM would wait for them
+            server.process.send_signal(signal.SIGINT)
             server.process.wait(START_S)
     finally:
         shutil.rmtree(folder)

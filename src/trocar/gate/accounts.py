@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
-from sqlalchemy import Connection, and_, insert, select, update
+from sqlalchemy import Connection, bindparam, insert, select, update
 
 from trocar import errors
 from trocar.gate import chain, windows
@@ -28,6 +28,17 @@ if TYPE_CHECKING:
 
 __all__ = ["EVERYONE", "Account", "Balance", "Limits", "Payer"]
 _KEY: Final = "key:"
+_WAS: Final = "was_"
+_COUNTED: Final = ("owner", "lineage", "charged_bits", "held_bits", "day", "day_bits")
+# built once: making a statement costs more than running it
+_UPDATE: Final = (
+    update(ACCOUNTS)
+    .where(*(ACCOUNTS.c[name] == bindparam(_WAS + name) for name in _COUNTED))
+    .values({column.name: bindparam(column.name) for column in ACCOUNTS.c if not column.primary_key})
+)
+_FIND: Final = select(ACCOUNTS).where(
+    ACCOUNTS.c.lineage == bindparam("lineage"), ACCOUNTS.c.owner.in_(bindparam("owners", expanding=True))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +220,8 @@ def balance(connection: Connection, lineage: str, payers: Sequence[Payer], now_m
 
 def find(connection: Connection, lineage: str, owners: Sequence[str]) -> dict[str, Account]:
     """The accounts of `owners` that are open, by owner."""
-    query = select(ACCOUNTS).where(ACCOUNTS.c.lineage == lineage, ACCOUNTS.c.owner.in_(owners))
-    return {row["owner"]: Account(**row) for row in connection.execute(query).mappings()}
+    rows = connection.execute(_FIND, {"lineage": lineage, "owners": list(owners)}).mappings()
+    return {row["owner"]: Account(**row) for row in rows}
 
 
 def every(connection: Connection) -> tuple[Account, ...]:
@@ -248,13 +259,10 @@ def _seen(account: Account, payer: Payer, now_ms: int) -> Account:
 
 def _store(connection: Connection, before: Account, after: Account) -> None:
     """Writes one account over the row that it was computed from, and over no other."""
-    same = and_(*(ACCOUNTS.c[name] == getattr(before, name) for name in ("owner", "lineage", *_COUNTED)))
-    changed = {name: value for name, value in asdict(after).items() if value != getattr(before, name)}
-    if changed and connection.execute(update(ACCOUNTS).where(same).values(**changed)).rowcount != 1:
+    row = asdict(after)
+    row.update({_WAS + name: getattr(before, name) for name in _COUNTED})
+    if connection.execute(_UPDATE, row).rowcount != 1:
         raise unavailable("an account is not the one that was read")
-
-
-_COUNTED: Final = ("charged_bits", "held_bits", "day", "day_bits")
 
 
 def _exhausted(account: Account, bits: int, window: Window) -> errors.TrocarError:

@@ -184,7 +184,8 @@ def report(connection: Connection, folder: Path) -> Report:
     for start in range(0, len(heads), _BATCH):
         batch = heads[start : start + _BATCH]
         query = select(LOG.c.seq, LOG.c.hash).where(LOG.c.seq.in_([head.seq for head in batch]))
-        there = {row.seq: row.hash for row in connection.execute(query)}
+        there = {chain.START.seq: chain.START.hash}
+        there.update({row.seq: row.hash for row in connection.execute(query)})
         for head in batch:
             if there.get(head.seq) != head.hash:
                 what = "not the one that was anchored" if head.seq in there else "missing, but was anchored"

@@ -99,6 +99,10 @@ class Entry:
 
 
 Json: TypeAlias = "str | int | Sequence[Json] | Mapping[str, Json] | None"
+# built once: making a statement costs more than running it
+_LOOK: Final = select(HEAD.c.seq, HEAD.c.hash)
+_MOVE: Final = update(HEAD)
+_ADD: Final = insert(LOG)
 START: Final = Head(0, "0" * 64)
 
 
@@ -141,7 +145,7 @@ def identity(connection: Connection) -> Identity:
 
 def head(connection: Connection) -> Head:
     """The end of the log."""
-    row = connection.execute(select(HEAD.c.seq, HEAD.c.hash)).one()
+    row = connection.execute(_LOOK).one()
     return Head(row.seq, row.hash)
 
 
@@ -180,8 +184,8 @@ def append(
         "previous": last.hash,
     }
     row["hash"] = _hash(row)
-    connection.execute(insert(LOG), [row])
-    connection.execute(update(HEAD).values(seq=row["seq"], hash=row["hash"]))
+    connection.execute(_ADD, row)
+    connection.execute(_MOVE, {"seq": row["seq"], "hash": row["hash"]})
     return Head(row["seq"], row["hash"])
 
 

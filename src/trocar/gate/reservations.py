@@ -11,9 +11,9 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NewType
+from typing import Final, NewType
 
-from sqlalchemy import Connection, RowMapping, and_, insert, select, update
+from sqlalchemy import Connection, RowMapping, and_, bindparam, insert, select, update
 
 from trocar import errors
 from trocar.gate import accounts, chain
@@ -24,6 +24,14 @@ from trocar.gate.tables import PAYLOADS, RESERVATIONS
 
 ReservationId = NewType("ReservationId", str)
 OPEN: Final = "open"
+# built once: making a statement costs more than running it
+_ADD: Final = insert(RESERVATIONS)
+_CLOSE: Final = update(RESERVATIONS).where(RESERVATIONS.c.id == bindparam("at"))
+_MINE: Final = select(RESERVATIONS).where(
+    RESERVATIONS.c.id == bindparam("at"),
+    RESERVATIONS.c.instance == bindparam("instance"),
+    RESERVATIONS.c.state == OPEN,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +108,7 @@ def admit(
         "owners": chain.canonical(list(owners)),
         "request_id": ask.request_id,
     }
-    connection.execute(insert(RESERVATIONS), [row])
+    connection.execute(_ADD, row)
     chain.append(
         connection,
         Kind.admitted,
@@ -122,12 +130,8 @@ def running(connection: Connection, reservation: Reservation, instance: str) -> 
     Raises:
         ServerFault: `reservation_closed`.
     """
-    mine = and_(
-        RESERVATIONS.c.id == reservation.id,
-        RESERVATIONS.c.instance == instance,
-        RESERVATIONS.c.state == OPEN,
-    )
-    row = connection.execute(select(RESERVATIONS).where(mine)).mappings().one_or_none()
+    mine = {"at": reservation.id, "instance": instance}
+    row = connection.execute(_MINE, mine).mappings().one_or_none()
     if row is None:
         raise errors.refuse("reservation_closed", "", f"reservation {reservation.id} is not open here")
     return row
@@ -150,13 +154,13 @@ def close(
 ) -> Charge:
     """Ends an open reservation in its accounts, its row and the log."""
     reserved = row["reserved_bits"]
-    values: dict[str, Any] = {
+    values = {
+        "at": row["id"],
         "state": str(kind),
         "spent_bits": spent_bits,
         "payload_digest": payload_digest,
+        "idempotency_key": row["idempotency_key"] if kind is Kind.settled else None,
     }
-    if kind is not Kind.settled:
-        values["idempotency_key"] = None
     balance = accounts.close(
         connection,
         json.loads(row["owners"]),
@@ -165,7 +169,7 @@ def close(
         charged_bits=spent_bits,
         now_ms=now_ms,
     )
-    connection.execute(update(RESERVATIONS).where(RESERVATIONS.c.id == row["id"]).values(**values))
+    connection.execute(_CLOSE, values)
     head = chain.append(
         connection,
         kind,

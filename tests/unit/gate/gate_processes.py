@@ -201,8 +201,9 @@ MODES = {"storm": _storm, "race": _race, "full": _full}
 
 def _run(mode: str, url: str, folder: str, secret: str) -> None:
     database = Database(url)
-    ledger = Ledger(database, overhead_bits=1)
+    ledger = Ledger(database, overhead_bits=1, anchors=Path(folder) / "anchors" if mode == "storm" else None)
     MODES[mode](Path(folder), ledger, Keys(database).authenticate(secret))
+    ledger.close()
     database.close()
 
 
