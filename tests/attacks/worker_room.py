@@ -23,7 +23,7 @@ from trocar.api.app import create_app
 from trocar.engine.hf.engine import HFEngine
 from trocar.engine.protocol import EngineStats, Task, TaskResult
 from trocar.gate.gate import Gate
-from trocar.gate.policy import Role, Tier
+from trocar.gate.policy import Policy, Role, Tier
 from trocar.graph.facts import ModelFacts
 from trocar.service.local import LocalWorker
 from trocar.service.service import Service
@@ -250,8 +250,8 @@ class Cell:
 
 
 @contextmanager
-def cell(loaded: Any, folder: Path) -> Iterator[Cell]:
-    gate, store = Gate(f"sqlite:///{folder / 'ledger.db'}"), Store(folder / "store")
+def cell(loaded: Any, folder: Path, policy: Policy | None = None) -> Iterator[Cell]:
+    gate, store = Gate(f"sqlite:///{folder / 'ledger.db'}", policy), Store(folder / "store")
     engine = BentEngine(HFEngine(loaded))
     worker = BentWorker(LocalWorker(loaded, engine, store))
     service = Service([Model(engine.facts, loaded.text, worker)], gate, (store,))
