@@ -17,12 +17,15 @@ def main(folder: Path) -> None:
     import torch
     from conftest import make_server, make_tiny
 
+    from trocar.cli import connections
     from trocar.cli.address import bind
     from trocar.cli.serving import HttpServer
     from trocar.gate.policy import Role, Tier
     from trocar.service.compose import Assembly
 
     torch.set_num_threads(1)
+    # the deadlines of a test: what is proven is that they exist
+    connections.HEAD_S, connections.BODY_S, connections.SEND_S = 2.0, 3.0, 4.0
     made = make_server(folder, [make_tiny()])
     keys = {name: made.service.gate.keys.create(name, Tier.open, Role.researcher).secret for name in ("mallory", "victor")}
     address = bind("127.0.0.1", 0)
