@@ -156,6 +156,12 @@ def gemma3_270m() -> Any:
     return load(GEMMA3)
 
 
+@pytest.fixture(scope="session")
+def true_weights() -> Any:
+    """The model that `tiny` was made of, with its weights as they were before packing."""
+    return random_model()
+
+
 @dataclass(frozen=True)
 class Server:
     """A whole server in this process, driven over ASGI.
@@ -167,6 +173,7 @@ class Server:
 
     service: Any
     app: Any
+    store: Any
     engines: dict[str, Any]
     keys: dict[str, str]
     principals: dict[str, Any]
@@ -184,8 +191,7 @@ def make_server(root: Path, loaded: list[Any], **limits: Any) -> Server:
     from trocar.engine.hf.engine import HFEngine, Limits
     from trocar.gate.gate import Gate
     from trocar.gate.policy import Role, Tier
-    from trocar.service.prepare import Served
-    from trocar.service.service import Service
+    from trocar.service.compose import local_service
     from trocar.store import Store
 
     gate = Gate(f"sqlite:///{root}/ledger.db")
@@ -195,10 +201,12 @@ def make_server(root: Path, loaded: list[Any], **limits: Any) -> Server:
         "eve": gate.keys.create("eve", Tier.agent, Role.researcher),
     }
     engines = {m.facts.name: HFEngine(m, Limits(**limits)) for m in loaded}
-    service = Service([Served(m, engines[m.facts.name]) for m in loaded], Store(root / "store"), gate)
+    store = Store(root / "store")
+    service = local_service([(m, engines[m.facts.name]) for m in loaded], store, gate)
     return Server(
         service,
         create_app(service),
+        store,
         engines,
         {name: key.secret for name, key in made.items()},
         {name: key.principal for name, key in made.items()},

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from trocar.errors import TrocarError
-from trocar.gate import release
+from trocar.gate import coding, release
 from trocar.gate.gate import Gate, Hold
 from trocar.gate.policy import Role, Tier
 from trocar.graph import check
@@ -43,10 +43,20 @@ def cost(bits: int) -> Cost:
     )  # fmt: skip
 
 
+class Silent:
+    """A tokenizer that nobody asks."""
+
+    def decode(self, ids: list[int]) -> str:
+        raise SystemExit(ids)
+
+    def token_texts(self, ids: list[int]) -> list[str]:
+        raise SystemExit(ids)
+
+
 def checked(nodes: list[dict[str, Any]]) -> Any:
     scope = Scope(FACTS, (4,), Generation(), {}, {}, lambda _: [1])
     program = Program.model_validate_json(json.dumps({"nodes": nodes}))
-    return check.check(program, scope, Prices(24, 256))
+    return check.check(program, scope, Prices(8, 256))
 
 
 def main(folder: Path) -> dict[str, Any]:
@@ -54,7 +64,7 @@ def main(folder: Path) -> dict[str, Any]:
     gate.declare(FACTS)
     key = gate.keys.create("lab", Tier.trusted, Role.researcher)  # 1 % of 160,000 bits: 1,600
     caller = gate.keys.authenticate(key.secret)
-    hold = gate.reserve(caller, FACTS, cost(300), "0" * 64, None)
+    hold = gate.reserve(caller, FACTS, Silent(), cost(300), "0" * 64, None)
     if not isinstance(hold, Hold):
         raise SystemExit("the first request was not admitted")
     settle = gate.ledger.settle
@@ -64,10 +74,10 @@ def main(folder: Path) -> dict[str, Any]:
         "seal": outcome(lambda: release.Released(object(), b"{}", 200, None)),
         "no key": outcome(lambda: gate.keys.authenticate(None)),
         "bad key": outcome(lambda: gate.keys.authenticate("trk_" + "A" * 43)),
-        "over budget": outcome(lambda: gate.reserve(caller, FACTS, cost(1400), "1" * 64, None)),
+        "over budget": outcome(lambda: gate.reserve(caller, FACTS, Silent(), cost(1400), "1" * 64, None)),
         "settled above the hold": outcome(lambda: settle(hold.reservation, 301, b"{}")),
         "not public": outcome(lambda: release.public({"h": 1})),  # type: ignore[arg-type]
-        "not finite": outcome(lambda: release.round_to_bits(np.array([np.nan], np.float32), 24)),
+        "not finite": outcome(lambda: coding.round_to_bits(np.array([np.nan], np.float32), 24)),
         "out of range": outcome(lambda: checked([read])),
         "no output": outcome(lambda: checked([{**read, "site": "resid_post.1"}])),
     }

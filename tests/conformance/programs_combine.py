@@ -10,7 +10,7 @@ from bench_room import Ask, Bench, Fit
 from programs import FEATURES, LEVELS, TOKENS, Known, Writer, blank
 from reference_rows import in_generated
 
-from trocar.graph import ops
+from trocar.graph import ops, words
 
 PAIRED = {"add": ops.Add, "sub": ops.Sub}
 COMPARED = {"eq": ops.Eq, "gt": ops.Gt, "lt": ops.Lt}
@@ -278,7 +278,7 @@ def _edit_sae(w: Writer, where: dict[str, Any], _value_: Known | None, _width: i
     keep = w.rng.random() < 0.6
     chosen = w.rng.sample(range(FEATURES), w.rng.randint(1 if keep else 0, 3))
     features = tuple(
-        ops.Feature(index=i, **w.rng.choice([{"set": 2.0}, {"set": 0.0}, {"scale": -1.0}, {"scale": 3.0}]))
+        words.Feature(index=i, **w.rng.choice([{"set": 2.0}, {"set": 0.0}, {"scale": -1.0}, {"scale": 3.0}]))
         for i in chosen
     )
     w.add(ops.EditSae(id=w.name("e"), sae=sae, features=features, keep_error=keep, **where))

@@ -10,7 +10,7 @@ from bench_room import Ask, Bench, Fit, capture, greedy, handle, logprobs, read,
 from compare_room import against_hooks, changed, close, same_bits
 
 from trocar.engine.protocol import TaskResult
-from trocar.graph import ops
+from trocar.graph import ops, words
 from trocar.graph.positions import Marks
 
 TOKENS = (1, 17, 42, 99)
@@ -142,7 +142,7 @@ def test_c32_dictionaries(bench: Bench, activation: str, keep_error: bool) -> No
     }
     extra: dict[str, Any] = {"k": 6} if activation == "topk" else {}
     extra |= {"threshold": "threshold"} if activation == "jumprelu" else {}
-    changed_ = (ops.Feature(index=3, set=2.0 * size), ops.Feature(index=5, scale=-3.0))
+    changed_ = (words.Feature(index=3, set=2.0 * size), words.Feature(index=5, scale=-3.0))
     nodes = [
         _sae(activation=activation, center=keep_error, **extra),
         read(site),

@@ -14,7 +14,7 @@ from reference_places import hook, named, order_of, unembed
 from reference_rows import in_generated, rows_at
 from reference_values import Values
 
-from trocar.graph import ops
+from trocar.graph import ops, words
 
 IDS = tuple(range(40, 52))
 
@@ -240,7 +240,7 @@ def test_dictionaries_by_hand() -> None:
     assert f(center=False) == [[1.5, 2], [0.5, 0]]
     assert f(center=False, activation="topk", k=1) == [[0, 2], [0.5, 0]]
     assert f(center=False, activation="jumprelu", threshold="t") == [[1.5, 0], [0, 0]]
-    set_ = (ops.Feature(index=0, set=4.0), ops.Feature(index=1, scale=-1.0))
+    set_ = (words.Feature(index=0, set=4.0), words.Feature(index=1, scale=-1.0))
     kept = ops.EditSae(sae="s", features=set_, **AT)
     assert _edit(kept, _sae(), **SAE) == [[4.5, 2, -6, 4], [4, -1, 3, 0.5]]
     plain = ops.EditSae(sae="s", features=set_, keep_error=False, **AT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from bench_room import Ask, Bench, greedy, handle, logprobs, read, text
 
-from trocar.graph import ops
+from trocar.graph import ops, words
 
 TOKENS = (1, 17, 42, 99)
 V = ops.Tensor(id="v", name="v")
@@ -90,7 +90,7 @@ def _dictionary(bench: Bench, site: str, prompts: list[tuple[int, ...]]) -> Ask:
         site=site,
         sae="sae",
         at="prompt[*]",
-        features=(ops.Feature(index=2, set=9 * bench.usual(site)),),
+        features=(words.Feature(index=2, set=9 * bench.usual(site)),),
     )
     return Ask([sae, edit, logprobs(TOKENS)], prompts, vectors=arrays, tenant="six")
 

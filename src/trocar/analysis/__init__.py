@@ -5,8 +5,23 @@ site. Every site is fitted and tested on the same held-out split. Rows are secre
 from the user. This room knows nothing of handles, models, programs or budgets.
 """
 
-from trocar.analysis.fit import check, fit
+from trocar.analysis.fit import check, fit, sizes
+from trocar.analysis.maps import LinearFit, linear_map
+from trocar.analysis.maps import sizes as map_sizes
 from trocar.analysis.metrics import auroc
 from trocar.analysis.results import ClassMetrics, FitResult, Kind, RidgeMetrics, SiteFit
 
-__all__ = ["ClassMetrics", "FitResult", "Kind", "RidgeMetrics", "SiteFit", "auroc", "check", "fit"]
+__all__ = [
+    "ClassMetrics",
+    "FitResult",
+    "Kind",
+    "LinearFit",
+    "RidgeMetrics",
+    "SiteFit",
+    "auroc",
+    "check",
+    "fit",
+    "linear_map",
+    "map_sizes",
+    "sizes",
+]

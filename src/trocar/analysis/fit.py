@@ -90,6 +90,14 @@ def check(
     plan(kind, labels, groups, test_fraction, seed)
 
 
+def sizes(
+    kind: Kind, labels: Given, groups: Given | None, test_fraction: float, seed: int
+) -> tuple[int, int]:
+    """Rows that a fit would train on and test on: they follow from its request."""
+    split = plan(kind, labels, groups, test_fraction, seed).split
+    return len(split.train), len(split.test)
+
+
 def _check_options(kind: str, test_fraction: float, seed: int, l2: float | None) -> None:
     if kind not in KINDS:
         raise errors.refuse(

@@ -16,9 +16,9 @@ from starlette.staticfiles import StaticFiles
 
 from trocar.gate import release
 from trocar.gate.release import Released
+from trocar.wire import about, tensors
 from trocar.wire import requests as q
 from trocar.wire import results as r
-from trocar.wire import tensors
 
 DESCRIPTION: Final = """Programs are data: typed nodes, checked and priced before anything runs. Send JSON, or a
 frame of JSON and safetensors (`application/vnd.trocar.frame`) when a request carries vectors. Every refusal
@@ -28,8 +28,8 @@ _REQUESTS: Final[tuple[type[BaseModel], ...]] = (
     q.RunRequest, q.SessionRequest, q.FitRequest, q.TokenizeRequest,
 )  # fmt: skip
 _RESULTS: Final[tuple[type[BaseModel], ...]] = (
-    r.PlanView, r.JobView, r.RunResult, r.SessionResult, r.HandlesView, r.ModelsView,
-    r.CapabilitiesView, r.LedgerView, r.TokensView, r.EngineView,
+    r.PlanView, r.JobView, r.RunResult, r.SessionResult, r.HandlesView, about.ModelsView,
+    about.CapabilitiesView, r.LedgerView, r.TokensView, about.EngineView,
 )  # fmt: skip
 
 

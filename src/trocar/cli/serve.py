@@ -206,12 +206,11 @@ def _access(gate: Gate, url: str, secret: str | None, save_key: bool) -> Access:
 
 
 def _print_start(assembly: Assembly, url: str, access: Access) -> None:
-    for served in assembly.served:
-        sites, took_s = len(served.facts.sites), served.loaded.validation_s
-        print(f"model {served.facts.name}: {sites} sites validated in {took_s:.1f} s")
-        for site, reason in served.facts.unavailable.items():
+    for model, took_s in zip(assembly.models, assembly.validation_s, strict=True):
+        print(f"model {model.facts.name}: {len(model.facts.sites)} sites validated in {took_s:.1f} s")
+        for site, reason in model.facts.unavailable.items():
             print(f"  not served: {site}: {reason}")
-    name = assembly.served[0].facts.name
+    name = assembly.models[0].facts.name
     client = "trocar.Client()" if access.sdk_knows else f"trocar.Client({url!r})"
     snippet = (
         "import trocar",

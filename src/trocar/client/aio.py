@@ -20,6 +20,7 @@ from trocar.client.transport import Transport
 from trocar.graph.builder import EditSpec, Place, Position, SiteRows, selector
 from trocar.graph.canonical import expand
 from trocar.graph.facts import ModelFacts
+from trocar.wire import about
 from trocar.wire import requests as q
 from trocar.wire import results as r
 
@@ -105,8 +106,9 @@ class AsyncActivations:
     async def fit(
         self,
         kind: q.FitKind,
-        labels: Sequence[Any],
+        labels: Sequence[Any] | None = None,
         *,
+        target: StoredRows | None = None,
         groups: Sequence[int | str] | None = None,
         test_fraction: float = 0.25,
         seed: int = 0,
@@ -115,8 +117,10 @@ class AsyncActivations:
         """Fits every captured site on the server; only metrics come back. See docs/fits.md.
 
         Args:
-            kind: `logistic` (Alain & Bengio 2016), `mean_diff` (Marks & Tegmark 2023) or `ridge`.
-            labels: one per prompt, in prompt order.
+            kind: `logistic` (Alain & Bengio 2016), `mean_diff` (Marks & Tegmark 2023), `ridge`, or `linear_map`
+                (least squares to the rows of `target`; refused where the weights are a secret).
+            labels: one per prompt, in prompt order; not for a linear map.
+            target: `acts["mlp_out.3"]` of other activations of the same prompts.
             groups: one per prompt; a group never stands on both sides of the split.
             test_fraction: held-out part.
 
@@ -127,7 +131,9 @@ class AsyncActivations:
             q.FitRequest,
             handle=self.handle,
             kind=kind,
-            labels=tuple(plain(x) for x in labels),
+            labels=None if labels is None else tuple(plain(x) for x in labels),
+            target=None if target is None else target.handle,
+            target_site=None if target is None else target.site,
             groups=None if groups is None else tuple(plain(x) for x in groups),
             test_fraction=test_fraction,
             seed=seed,
@@ -311,7 +317,7 @@ class AsyncClient:
 
     async def models(self) -> tuple[ModelFacts, ...]:
         """Facts of the served models."""
-        return (await self.transport.get("/v1/models")).view(r.ModelsView).models
+        return (await self.transport.get("/v1/models")).view(about.ModelsView).models
 
     async def model(self, name: str) -> AsyncModel:
         """A served model by name.
@@ -327,9 +333,9 @@ class AsyncClient:
             )
         return AsyncModel(self, served[name])
 
-    async def capabilities(self) -> r.CapabilitiesView:
+    async def capabilities(self) -> about.CapabilitiesView:
         """Ops, fits, prices and engines of the server."""
-        return (await self.transport.get("/v1/capabilities")).view(r.CapabilitiesView)
+        return (await self.transport.get("/v1/capabilities")).view(about.CapabilitiesView)
 
     async def handles(self) -> tuple[r.HandleView, ...]:
         """The caller's handles."""
@@ -344,9 +350,9 @@ class AsyncClient:
         """The calling key's own account."""
         return (await self.transport.get("/v1/ledger")).view(r.LedgerView)
 
-    async def engine(self) -> r.EngineView:
+    async def engine(self) -> about.EngineView:
         """Batch counters; operators only."""
-        return (await self.transport.get("/v1/engine")).view(r.EngineView)
+        return (await self.transport.get("/v1/engine")).view(about.EngineView)
 
     async def job(self, job_id: str) -> AsyncJob[Any]:
         """A job by its id, for example after a restart of the client."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypedDict, Unpack
 
 from trocar import errors, strict
-from trocar.graph import ops
+from trocar.graph import words
 from trocar.graph.builder import EditOp, EditSpec, Position, indices, selector
 from trocar.graph.ops import ZERO
 
@@ -140,8 +140,8 @@ def sae(
         set: new activation by feature.
         scale: factor by feature.
     """
-    features = [strict.make(ops.Feature, index=int(i), set=float(x)) for i, x in (set or {}).items()]
-    features += [strict.make(ops.Feature, index=int(i), scale=float(x)) for i, x in (scale or {}).items()]
+    features = [strict.make(words.Feature, index=int(i), set=float(x)) for i, x in (set or {}).items()]
+    features += [strict.make(words.Feature, index=int(i), scale=float(x)) for i, x in (scale or {}).items()]
     fields = {"features": tuple(features), "keep_error": keep_error}
     return _edit("edit.sae", site, where, operands={"sae": dictionary}, fields=fields)
 

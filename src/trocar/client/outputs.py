@@ -5,6 +5,7 @@ Shape letters: V values (sites), N rows, K top-k or keys, M named tokens, P prom
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
@@ -16,10 +17,11 @@ from trocar import errors
 from trocar.client.handles import Probe
 from trocar.client.notebook import html_table, text_table
 from trocar.plots import Bars, Heatmap, TokenStrip
+from trocar.wire import packing
 from trocar.wire import results as r
 
 Tokens = tuple[tuple[str, ...], ...]
-W = TypeVar("W", r.LensOutput, r.LogprobsOutput, r.ScoreOutput, r.PatternOutput)
+W = TypeVar("W", r.LensOutput, r.LogprobsOutput, r.ScoreOutput, r.PatternOutput, r.RawOutput)
 SHOWN: Final = 40
 
 
@@ -273,11 +275,59 @@ class PatternResult(RowsResult[r.PatternOutput]):
         return html_table("Attention: the key with most attention", *self._table())
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class RawResult(RowsResult[r.RawOutput]):
+    """Rows as they left, of each site; `bits` says how finely a number is told apart."""
+
+    @property
+    def bits(self) -> int:
+        return self.view.bits
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(rows.site for rows in self.view.values.values())
+
+    def __getitem__(self, site: str) -> npt.NDArray[np.float32]:
+        """Float32 [N, D] of a site.
+
+        Raises:
+            ClientError: `bad_argument` for a site that is not among them.
+        """
+        found = next((rows for rows in self.view.values.values() if rows.site == site), None)
+        if found is None:
+            near = errors.closest(site, self.sites)
+            raise errors.refuse("bad_argument", "site", f"there are no rows of {site!r} here", closest=near)
+        packed = packing.Packed(base64.b64decode(found.data), np.asarray(found.scales, np.float32))
+        return packing.unpack(packed, found.width, self.view.bits)
+
+    def to_numpy(self) -> npt.NDArray[np.float32]:
+        """Float32 [N, D] of the only site.
+
+        Raises:
+            ClientError: `bad_argument` when there are several.
+        """
+        if len(self.sites) != 1:
+            raise errors.refuse("bad_argument", "site", f"name one of the sites: {', '.join(self.sites)}")
+        return self[self.sites[0]]
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        return ["site", "rows", "width"], [
+            [rows.site, str(len(self.view.prompts)), str(rows.width)] for rows in self.view.values.values()
+        ]
+
+    def __repr__(self) -> str:
+        return text_table(f"RawResult at {self.bits} bits per number", *self._table())
+
+    def _repr_html_(self) -> str:
+        return html_table(f"Rows at {self.bits} bits per number", *self._table())
+
+
 _SHOWN_AS: Final[Mapping[type[Any], Callable[[Any, Tokens], Any]]] = {
     r.LensOutput: LensResult,
     r.LogprobsOutput: LogprobsResult,
     r.ScoreOutput: ScoreResult,
     r.PatternOutput: PatternResult,
+    r.RawOutput: RawResult,
     r.MetricOutput: lambda output, _tokens: MetricResult(output),
     r.FitOutput: lambda output, _tokens: Probe.of(output),
 }

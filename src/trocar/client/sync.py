@@ -22,6 +22,7 @@ from trocar.client.session import RecordedSession, Session
 from trocar.client.trace import Recorded, Trace
 from trocar.graph.builder import EditSpec, Position
 from trocar.graph.facts import ModelFacts
+from trocar.wire import about
 from trocar.wire import requests as q
 from trocar.wire import results as r
 
@@ -119,8 +120,9 @@ class Activations:
     def fit(
         self,
         kind: q.FitKind,
-        labels: Sequence[Any],
+        labels: Sequence[Any] | None = None,
         *,
+        target: StoredRows | None = None,
         groups: Sequence[int | str] | None = None,
         test_fraction: float = 0.25,
         seed: int = 0,
@@ -129,7 +131,14 @@ class Activations:
         """Fits every captured site on the server; only metrics come back. See `AsyncActivations.fit`."""
         core = aio.AsyncActivations(self.client._core, self.stored)
         return self.client._portal.call(
-            core.fit, kind, labels, groups=groups, test_fraction=test_fraction, seed=seed, l2=l2
+            core.fit,
+            kind,
+            labels,
+            target=target,
+            groups=groups,
+            test_fraction=test_fraction,
+            seed=seed,
+            l2=l2,
         )
 
     def delete(self) -> None:
@@ -242,7 +251,7 @@ class Client:
         """A served model by name; `unknown_model` names the closest."""
         return Model(self, self._portal.call(self._core.model, name))
 
-    def capabilities(self) -> r.CapabilitiesView:
+    def capabilities(self) -> about.CapabilitiesView:
         """Ops, fits, prices and engines of the server."""
         return self._portal.call(self._core.capabilities)
 
@@ -258,7 +267,7 @@ class Client:
         """The calling key's own account."""
         return self._portal.call(self._core.ledger)
 
-    def engine(self) -> r.EngineView:
+    def engine(self) -> about.EngineView:
         """Batch counters; operators only."""
         return self._portal.call(self._core.engine)
 

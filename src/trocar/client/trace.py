@@ -248,6 +248,11 @@ class Trace(Generic[PlanT, JobT]):
         rows = [of] if isinstance(of, Expr) else list(of)
         return Saved(ops.Capture, {"of": tuple(x.id for x in rows), "reduce": reduce})
 
+    def raw(self, of: SiteRows | Sequence[SiteRows]) -> Saved:
+        """The rows themselves, quantised, where the policy lets them leave: open weights. `capture` keeps them."""
+        rows = [of] if isinstance(of, Expr) else list(of)
+        return Saved(ops.Raw, {"of": tuple(x.id for x in rows)})
+
     def logit_diff(self, first: Any, second: Any, *, at: Position = -1) -> Saved:
         """Logit of the first token minus that of the second, per prompt; tokens, or one token per prompt."""
         several = [isinstance(x, list | tuple) for x in (first, second)]
@@ -290,7 +295,7 @@ class Trace(Generic[PlanT, JobT]):
         if isinstance(what, Expr | SiteProxy | SiteFamily):
             raise errors.refuse(
                 "not_here", name, "raw activations do not leave the server",
-                next_step="Save t.lens(...), t.score(...) or t.capture(...) of it instead.",
+                next_step="Save t.lens(...), t.score(...) or t.capture(...) of it; t.raw(...) where the policy allows.",
             )  # fmt: skip
         if not isinstance(what, Saved):
             raise errors.refuse("bad_argument", name, f"{what!r} is not an output of this trace")

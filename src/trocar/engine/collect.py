@@ -27,6 +27,7 @@ from trocar.engine.protocol import (
     Named,
     Outcome,
     Patterned,
+    Rowed,
     RowTags,
     Scored,
     TaskResult,
@@ -55,7 +56,7 @@ class Collector:
         self._parts: dict[str, list[Part]] = {n.id: [] for n in outputs}
         self._rows = {n.id: np.zeros(prompts, dtype=np.int64) for n in outputs}
         self._sums = {n.id: np.zeros(prompts) for n in outputs if isinstance(n, ops.Metric)}
-        self._texts: dict[int, tuple[tuple[int, ...], bool]] = {}
+        self._texts: dict[int, tuple[tuple[int, ...], int | None]] = {}
         self._captured: dict[str, list[tuple[Rows | torch.Tensor, RowTags]]] = {n.id: [] for n in outputs}
         self._waiting_bytes = 0
 
@@ -68,8 +69,8 @@ class Collector:
         if self._waiting_bytes > FLUSH_BYTES:
             self.flush()
 
-    def generated(self, prompt: int, ids: tuple[int, ...], finished: bool) -> None:
-        self._texts[prompt] = (ids, finished)
+    def generated(self, prompt: int, ids: tuple[int, ...], end: int | None) -> None:
+        self._texts[prompt] = (ids, end)
 
     # ---- which rows ----
 
@@ -201,6 +202,14 @@ class Collector:
         keys = self._task.checked.selections[read.keys or "all"].counts[0]
         self._put(node.id, found[0], rows.reshape(len(rows), -1, keys).numpy())
 
+    def _raw(self, node: ops.Raw, step: Step, _asks: Asks, _stage: int) -> None:
+        for number, ref in enumerate(node.of):
+            found = self._tags(ref, step)
+            if found is None:
+                return
+            rows = _rows(step.value(ref).data, found[1]).float().numpy().copy()
+            self._put(node.id, found[0], np.full(len(rows), number, dtype=np.int64), rows)
+
     def _capture(self, node: ops.Capture, step: Step, _asks: Asks, _stage: int) -> None:
         found = self._reduced_tags(node, step) if node.reduce == "mean" else self._tags(node.of[0], step)
         if found is None:
@@ -262,7 +271,11 @@ class Collector:
                 f"the edit {missed.id!r} at {getattr(node, 'at', '')!r} reached no row: generation ended before "
                 "its positions",
             )  # fmt: skip
-        return TaskResult({n.id: self._outcome(n) for n in self._outputs}, effects)
+        lengths = tuple(
+            len(ids) + (end is not None)
+            for ids, end in (self._texts[i] for i in range(len(self._task.tokens)))
+        )
+        return TaskResult({n.id: self._outcome(n) for n in self._outputs}, effects, lengths)
 
     def _outcome(self, node: ops.Node) -> Outcome:
         if isinstance(node, ops.Text):
@@ -272,8 +285,14 @@ class Collector:
             return Captured(tuple(int(n) for n in self._rows[node.id]))
         if isinstance(node, ops.Metric):
             return Metered((self._sums[node.id] / self._rows[node.id]).astype(np.float32))
+        return self._of_rows(node)
+
+    def _of_rows(self, node: ops.Node) -> Outcome:
         if isinstance(node, ops.Lens):
             return self._lensed(node)
+        if isinstance(node, ops.Raw):
+            found = [self._sorted(node.id, self._numbered(node.id, i)) for i in range(len(node.of))]
+            return Rowed(found[0][0], tuple(arrays[1] for _, arrays in found))
         tags, arrays = self._sorted(node.id, self._parts[node.id])
         if isinstance(node, ops.Pattern):
             return Patterned(tags, arrays[0])
@@ -282,12 +301,15 @@ class Collector:
     def _lensed(self, node: ops.Lens) -> Lensed:
         ids, logprobs, tags = [], [], None
         for number in range(len(node.of)):
-            mine = [p for p in self._parts[node.id] if p[1][0][0] == number]
-            tags, arrays = self._sorted(node.id, mine)
+            tags, arrays = self._sorted(node.id, self._numbered(node.id, number))
             ids.append(arrays[1])
             logprobs.append(arrays[2])
         assert tags is not None
         return Lensed(tags, np.stack(ids), np.stack(logprobs))
+
+    def _numbered(self, name: str, number: int) -> list[Part]:
+        """What one of several values gave: parts whose first array repeats its number."""
+        return [p for p in self._parts[name] if p[1][0][0] == number]
 
     def _sorted(self, name: str, parts: list[Part]) -> tuple[RowTags, tuple[Any, ...]]:
         if not parts:
@@ -306,6 +328,7 @@ TAKE: Final[dict[type[ops.Node], Callable[..., None]]] = {
     ops.Metric: Collector._metric,
     ops.Score: Collector._score,
     ops.Pattern: Collector._pattern,
+    ops.Raw: Collector._raw,
     ops.Capture: Collector._capture,
 }
 

@@ -119,11 +119,23 @@ class Patterned:
 
 
 @dataclass(frozen=True, slots=True)
+class Rowed:
+    """Rows as they are, float32 [N, D] of each value of a `raw` node, in the order in which it names them."""
+
+    tags: RowTags
+    rows: tuple[F32, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Generated:
-    """Sampled token ids per prompt, the end token not included, and whether one came."""
+    """Sampled token ids per prompt, the end token not included, and the end token that came, if one did."""
 
     ids: tuple[tuple[int, ...], ...]
-    finished: tuple[bool, ...]
+    ends: tuple[int | None, ...]
+
+    @property
+    def finished(self) -> tuple[bool, ...]:
+        return tuple(end is not None for end in self.ends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +145,7 @@ class Captured:
     rows_per_prompt: tuple[int, ...]
 
 
-Outcome = Lensed | Named | Scored | Metered | Patterned | Generated | Captured
+Outcome = Lensed | Named | Scored | Metered | Patterned | Rowed | Generated | Captured
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +160,15 @@ class EditEffect:
 
 @dataclass(frozen=True, slots=True)
 class TaskResult:
+    """What a task gave.
+
+    Attributes:
+        lengths: tokens sampled for each prompt, an end token included.
+    """
+
     outputs: Mapping[str, Outcome]
     edits: tuple[EditEffect, ...]
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,20 +6,22 @@ counts, charges and makes the bytes; `cancel` keeps the overhead and refunds the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
 from trocar import errors
 from trocar.gate import release
+from trocar.gate.answers import Tongue
 from trocar.gate.chain import Entry
 from trocar.gate.database import Database
+from trocar.gate.handles import Handles
 from trocar.gate.keys import Keys, Principal
 from trocar.gate.ledger import Ledger, Replay, Reservation
 from trocar.gate.policy import Lineage, Policy, Role, Tier
-from trocar.gate.release import Released
-from trocar.graph.cost import Cost, Prices, token_bits
+from trocar.gate.release import Press, Priced, Released
+from trocar.graph.cost import Cost, Prices
 from trocar.graph.facts import ModelFacts
 from trocar.wire import results as r
 
@@ -32,7 +34,9 @@ class Hold:
 
     reservation: Reservation
     cost: Cost
-    token_bits: int
+    prices: Prices
+    facts: ModelFacts
+    tongue: Tongue
 
 
 class Gate:
@@ -41,20 +45,20 @@ class Gate:
     Args:
         url: database URL of the ledger.
         policy: prices and fractions.
-        cap: tier that caps a lineage over all keys when its weights are not open.
+        cap: tier that caps a lineage over all keys when its weights are not open; the policy's when None.
     """
 
-    def __init__(self, url: str, policy: Policy | None = None, *, cap: Tier = Tier.external) -> None:
+    def __init__(self, url: str, policy: Policy | None = None, *, cap: Tier | None = None) -> None:
         self.policy = policy or Policy()
-        release.require_scalar_bits(self.policy.scalar_bits)
-        self._cap = cap
+        self._cap = Tier(self.policy.data.lineage_tier) if cap is None else cap
         self._database = Database(url)
         self.keys = Keys(self._database)
+        self.handles = Handles(self._database)
         self.ledger = Ledger(self._database, self.policy)
 
-    @property
-    def prices(self) -> Prices:
-        return Prices(self.policy.scalar_bits, self.policy.overhead_bits)
+    def prices(self, principal: Principal) -> Prices:
+        """What the caller pays, and the rules that hold for it."""
+        return self.policy.prices(principal.tier)
 
     def lineage(self, facts: ModelFacts) -> Lineage:
         """The secret that a model belongs to."""
@@ -85,6 +89,7 @@ class Gate:
         self,
         principal: Principal,
         facts: ModelFacts,
+        tongue: Tongue,
         cost: Cost,
         request_digest: str,
         idempotency_key: str | None,
@@ -112,16 +117,19 @@ class Gate:
                 bits=0, seq=admitted.head.seq, head=admitted.head.hash, left_bits=left, replayed=True
             )
             return release.replay(admitted.payload, charge)
-        return Hold(admitted, cost, token_bits(facts))
+        return Hold(admitted, cost, self.prices(principal), facts, tongue)
 
-    def release(self, hold: Hold, result: r.RunResult | r.SessionResult) -> Released:
-        """Quantises, counts and charges a result; the bytes exist only after the charge is on disk.
+    def release(self, hold: Hold, press: Callable[[Press], Priced]) -> Released:
+        """Rounds, counts and charges a result; the bytes exist only after the charge is on disk.
+
+        Args:
+            press: makes the payload with the one given, which holds the caller's prices.
 
         Raises:
             RunFailed: `result_not_finite`; the hold stays open: cancel it.
-            ServerFault: `ledger_unavailable`, `internal`.
+            ServerFault: `ledger_unavailable`, `bad_result`, `internal`.
         """
-        priced = release.prepare(result, hold.cost, hold.token_bits, self.policy.scalar_bits)
+        priced = press(Press(hold.facts, hold.tongue, hold.prices))
         return release.seal(priced, lambda bits, payload: self._settle(hold, bits, payload))
 
     def cancel(self, hold: Hold) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from trocar import errors
-from trocar.graph import cost, ops, rules_depth
+from trocar.graph import cost, ops, rules_depth, rules_raw
 from trocar.graph.cost import Cost, Prices
 from trocar.graph.program import Generation, Program
 from trocar.graph.scope import Scope, Selection, Walk
@@ -104,6 +104,7 @@ def check(program: Program, scope: Scope, prices: Prices) -> Checked:
         seen.add(node.id)
         _step(node, walk, path, found, refused)
     found.extend(rules_depth.beyond_stop(program, walk, refused))
+    found.extend(rules_raw.refusals(program, walk, prices.rules, refused))
     if not any(n.op in OUTPUTS for n in program.nodes):
         found.append(errors.refusal("nothing_returned", "program.nodes", "the program has no output node"))
     if found:
@@ -243,27 +244,27 @@ def _held_bytes(walk: Walk) -> tuple[int, ...]:
 
 def _price(program: Program, walk: Walk, depth: int, prices: Prices) -> Cost:
     bits = {"overhead": prices.overhead_bits}
-    alike: dict[str, list[Any]] = {}
-    for node in program.nodes:
-        alike.setdefault(node.op, []).append(node)
-    edits = sum(len(nodes) for op, nodes in alike.items() if op in EDITS)
+    edits = sum(1 for n in program.nodes if n.op in EDITS)
     if edits:
         bits["receipts"] = edits * cost.edit_bits(walk, prices)
     lengths = cost.lengths_bits(walk)
     if lengths:
         bits["lengths"] = lengths
+    flops, stored = cost.pass_flops(walk, depth), 0
     for node in program.nodes:
-        price = SPEC[node.op].bits
-        if price is not None:
-            bits[node.id] = price(node, walk, prices)
-    head_rows = sum(cost.head_rows(n, walk) for op in cost.OF_HEAD for n in alike.get(op, ()))
-    reads = [walk.values[n.id] for n in alike.get("read", ())]
+        row = SPEC[node.op]
+        if row.bits is not None:
+            bits[node.id] = row.bits(node, walk, prices)
+        if row.flops is not None:
+            flops += row.flops(node, walk)
+        if row.stored is not None:
+            stored += row.stored(node, walk)
+    reads = [walk.values[n.id] for n in program.nodes if n.op == "read"]
     return Cost(
         tokens=cost.tokens(walk),
         rows_read=sum(cost.rows_of(v, walk) for v in reads),
-        flops=cost.flops(walk, head_rows, depth)
-        + sum(cost.dictionary_flops(n, walk) for op in cost.OF_DICTIONARY for n in alike.get(op, ())),
-        bytes_stored=sum(cost.stored_bytes(n, walk) for n in alike.get("capture", ())),
+        flops=flops,
+        bytes_stored=stored,
         bits_out=bits,
         total_bits=sum(bits.values()),
         download_bits=sum(cost.rows_of(v, walk) * v.width * 16 for v in reads),

@@ -12,21 +12,48 @@ from typing import Final
 
 from trocar.graph import ops
 from trocar.graph.facts import ModelFacts
+from trocar.graph.labels import FREE, Rules
 from trocar.graph.scope import Walk
 from trocar.graph.shapes import Value
 from trocar.strict import Strict
 
 STORED_BYTES_PER_NUMBER: Final = 4
+FLOAT_BITS: Final = 32
+SCALE_BITS: Final = 16
 SIDECAR_BYTES_PER_ROW: Final = 32
 NORMS_PER_EDIT: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Prices:
-    """Public prices: bits of one released number, and of one admitted request."""
+    """Public prices of one caller on one model, and the structure rules that go with them.
+
+    Attributes:
+        scalar_bits: of one released number: 32 (a float32 as it is), or 4 to 16 (a step of a scale).
+        overhead_bits: of one admitted request.
+        vector_bits: of one number of a row that leaves as it is, under `raw`.
+        rules: what may leave at all.
+    """
 
     scalar_bits: int
     overhead_bits: int
+    vector_bits: int = 32
+    rules: Rules = FREE
+
+    @property
+    def scale_bits(self) -> int:
+        """Of the scale that numbers of one output share; a float32 needs none."""
+        return 0 if self.scalar_bits == FLOAT_BITS else SCALE_BITS
+
+    @property
+    def row_scale_bits(self) -> int:
+        """Of the scale that the numbers of one row share."""
+        return 0 if self.vector_bits == FLOAT_BITS else SCALE_BITS
+
+    @property
+    def norm_bits(self) -> int:
+        """Of one number that stands alone: a receipt's norm, a fit's metric."""
+        return max(SCALE_BITS, self.scalar_bits)
 
 
 class Cost(Strict):
@@ -57,11 +84,6 @@ def token_bits(model: ModelFacts) -> int:
     return (model.vocab_size - 1).bit_length()
 
 
-OF_HEAD: Final = ("lens", "metric", "logprobs")
-"""Operations that send rows through the unembedding."""
-OF_DICTIONARY: Final = ("encode", "edit.sae")
-
-
 def rows_of(value: Value, walk: Walk) -> int:
     """Upper bound of the rows of a value."""
     gen = walk.selections[value.at].gen_rows if value.gen and value.at is not None else 0
@@ -78,13 +100,21 @@ def logprobs_bits(node: ops.Logprobs, walk: Walk, prices: Prices) -> int:
 
 
 def score_bits(node: ops.Score, walk: Walk, prices: Prices) -> int:
-    """A truth value is one bit."""
+    """A truth value is one bit; numbers share a scale."""
     value = walk.values[node.of]
-    return rows_of(value, walk) * (1 if value.content == "truth" else prices.scalar_bits)
+    if value.content == "truth":
+        return rows_of(value, walk)
+    return rows_of(value, walk) * prices.scalar_bits + prices.scale_bits
 
 
 def metric_bits(_node: ops.Metric, walk: Walk, prices: Prices) -> int:
-    return len(walk.scope.lengths) * prices.scalar_bits
+    return len(walk.scope.lengths) * prices.scalar_bits + prices.scale_bits
+
+
+def raw_bits(node: ops.Raw, walk: Walk, prices: Prices) -> int:
+    """Rows as they are, each with a scale of its own."""
+    values = [walk.values[ref] for ref in node.of]
+    return sum(rows_of(v, walk) * (v.width * prices.vector_bits + prices.row_scale_bits) for v in values)
 
 
 def pattern_bits(node: ops.Pattern, walk: Walk, prices: Prices) -> int:
@@ -114,34 +144,43 @@ def lengths_bits(walk: Walk) -> int:
 def edit_bits(walk: Walk, prices: Prices) -> int:
     """Two norms, and how many rows of generated tokens were written over all prompts."""
     most = len(walk.scope.lengths) * walk.scope.generation.max_new_tokens
-    return NORMS_PER_EDIT * prices.scalar_bits + most.bit_length()
+    return NORMS_PER_EDIT * prices.norm_bits + most.bit_length()
 
 
-def flops(walk: Walk, head_rows: int, depth: int) -> int:
-    """Of `depth` layers of the passes, and of the unembedding of `head_rows` rows."""
+def pass_flops(walk: Walk, depth: int) -> int:
+    """Of `depth` layers of the passes."""
     model = walk.scope.model
-    passes = 2 * model.parameters * tokens(walk) * depth // model.n_layers
-    return passes + 2 * model.d_model * model.vocab_size * head_rows
+    return 2 * model.parameters * tokens(walk) * depth // model.n_layers
 
 
-def head_rows(node: ops.Node, walk: Walk) -> int:
-    """Rows that a node sends through the unembedding."""
-    if isinstance(node, ops.Lens):
-        return sum(rows_of(walk.values[r], walk) for r in node.of)
-    if isinstance(node, ops.Metric):
-        return walk.selections[node.at].most_rows * (1 if node.to is None else 2)
-    return walk.selections[node.at].most_rows if isinstance(node, ops.Logprobs) else 0
+def _head_flops(rows: int, walk: Walk) -> int:
+    model = walk.scope.model
+    return 2 * model.d_model * model.vocab_size * rows
 
 
-def dictionary_flops(node: ops.Node, walk: Walk) -> int:
-    """Of encoding, and for an edit decoding."""
-    if isinstance(node, ops.Encode):
-        of, dictionary = walk.values[node.of], walk.values[node.sae]
-        return 2 * rows_of(of, walk) * dictionary.width * dictionary.features
-    if isinstance(node, ops.EditSae):
-        dictionary = walk.values[node.sae]
-        return 4 * walk.selections[node.at].most_rows * dictionary.width * dictionary.features
-    return 0
+def lens_flops(node: ops.Lens, walk: Walk) -> int:
+    """Of the unembedding of its rows."""
+    return _head_flops(sum(rows_of(walk.values[r], walk) for r in node.of), walk)
+
+
+def logprobs_flops(node: ops.Logprobs, walk: Walk) -> int:
+    return _head_flops(walk.selections[node.at].most_rows, walk)
+
+
+def metric_flops(node: ops.Metric, walk: Walk) -> int:
+    """Of its rows, and of those of the distribution it is compared with."""
+    return _head_flops(walk.selections[node.at].most_rows * (1 if node.to is None else 2), walk)
+
+
+def encode_flops(node: ops.Encode, walk: Walk) -> int:
+    of, dictionary = walk.values[node.of], walk.values[node.sae]
+    return 2 * rows_of(of, walk) * dictionary.width * dictionary.features
+
+
+def sae_flops(node: ops.EditSae, walk: Walk) -> int:
+    """Of encoding and decoding."""
+    dictionary = walk.values[node.sae]
+    return 4 * walk.selections[node.at].most_rows * dictionary.width * dictionary.features
 
 
 def tokens(walk: Walk) -> int:

@@ -2,10 +2,6 @@
 
 Every node has an `id`; operands name earlier nodes by id, so a cycle cannot be written. What is legal and what it
 costs stands in `spec`. Docstrings here are the reference that users see, and say exactly what is computed.
-
-Kinds of values: a `vector` [D] is one for the request, `per_prompt` [D] one per prompt, `rows` [D] one per token that
-is selected. `scalars` and `mask` are one number, or one truth value, per selected token; `prompt_scalars` and
-`prompt_mask` one per prompt. `matrix` and `dictionary` are constants.
 """
 
 from __future__ import annotations
@@ -14,28 +10,26 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from trocar.graph.words import (
+    At,
+    Feature,
+    HandleText,
+    Heads,
+    Id,
+    Index,
+    Neurons,
+    Real,
+    Ref,
+    Refs,
+    SiteText,
+    TensorName,
+    TokenLists,
+    Unit,
+)
 from trocar.strict import Strict
 
-Id = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.\-]{0,63}$")]
-Ref = Id
-SiteText = Annotated[str, Field(max_length=160)]
-At = Annotated[str, Field(max_length=400)]
-HandleText = Annotated[
-    str, Field(pattern=r"^((act|art)_[0-9a-f]{32}|step[0-9]{1,2}\.[A-Za-z_][A-Za-z0-9_.\-]{0,63})$")
-]
-Real = Annotated[float, Field(ge=-1e6, le=1e6)]
-Token = int | Annotated[str, Field(min_length=1, max_length=200)]
-Tokens = Annotated[tuple[Token, ...], Field(min_length=1, max_length=20, fail_fast=True)]
-TokenLists = Tokens | Annotated[tuple[Tokens, ...], Field(min_length=1, max_length=4096, fail_fast=True)]
-Refs = Annotated[tuple[Ref, ...], Field(min_length=1, max_length=512, fail_fast=True)]
-TensorName = Annotated[str, Field(min_length=1, max_length=64)]
-Index = Annotated[int, Field(ge=0, le=2**24)]
-Heads = Annotated[tuple[Index, ...], Field(min_length=1, max_length=512, fail_fast=True)]
-Neurons = Annotated[tuple[Index, ...], Field(min_length=1, max_length=4096, fail_fast=True)]
-Unit = Literal["absolute", "site_norm"]
 ZERO = "zero"
-# Words that stand for something else where ids stand: in `edit.set`, and in a cost beside the outputs.
-RESERVED = frozenset({ZERO, "overhead", "receipts", "lengths"})
+RESERVED = frozenset({ZERO, "overhead", "receipts", "lengths"})  # where ids stand: in edit.set, and in a cost
 MAX_RANK = 64
 
 
@@ -299,14 +293,6 @@ class EditClamp(Edit):
     unit: Unit = "absolute"
 
 
-class Feature(Strict):
-    """One feature's new activation: `set` to a number, or `scale`d by one."""
-
-    index: Index
-    set: Real | None = None
-    scale: Real | None = None
-
-
 class EditSae(Edit):
     """Features of a dictionary are set or scaled, f -> f'. With `keep_error` the row becomes h + (f' - f) W_dec, so
     what the dictionary does not reconstruct is kept; without, it becomes the decoded f'."""
@@ -381,6 +367,14 @@ class Pattern(Node):
     of: Ref
 
 
+class Raw(Node):
+    """Rows as they are, of whole sites, quantised to the tier's bits per number with a scale per row. Secret weights
+    give none: capture the rows and work on the handle, or ask the airlock."""
+
+    op: Literal["raw"] = "raw"
+    of: Refs
+
+
 class Text(Node):
     """The generated text and its tokens."""
 
@@ -395,6 +389,6 @@ class StopAfter(Node):
 
 
 EditNode = EditAdd | EditSet | EditScale | EditProjectOut | EditAffine | EditClamp | EditSae | EditKnockout
-OutputNode = Capture | Lens | Logprobs | Score | Metric | Pattern | Text
+OutputNode = Capture | Lens | Logprobs | Score | Metric | Pattern | Raw | Text
 EDIT_NODES = (EditAdd, EditSet, EditScale, EditProjectOut, EditAffine, EditClamp, EditSae, EditKnockout)
-OUTPUT_NODES = (Capture, Lens, Logprobs, Score, Metric, Pattern, Text)
+OUTPUT_NODES = (Capture, Lens, Logprobs, Score, Metric, Pattern, Raw, Text)

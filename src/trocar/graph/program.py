@@ -56,6 +56,7 @@ Node = Annotated[
     | ops.Score
     | ops.Metric
     | ops.Pattern
+    | ops.Raw
     | ops.Text
     | ops.StopAfter,
     Field(discriminator="op"),

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from trocar import errors, sites
-from trocar.graph import ops, rules_arithmetic, rules_values
+from trocar.graph import cost, ops, rules_arithmetic, rules_values, words
 from trocar.graph.scope import Selection, Walk
 from trocar.graph.shapes import Value, require_aligned
+
+MAX_RAW_NUMBERS: Final = 1 << 22
 
 
 def _same_rows(refs: Sequence[str], walk: Walk, path: str) -> list[Value]:
@@ -41,6 +44,22 @@ def capture(node: ops.Capture, walk: Walk, path: str) -> None:
         walk.whole = True
 
 
+def raw(node: ops.Raw, walk: Walk, path: str) -> None:
+    values = _same_rows(node.of, walk, path)
+    for i, value in enumerate(values):
+        if not value.plain:
+            raise errors.refuse(
+                "wrong_operand", f"{path}.of[{i}]", f"{node.of[i]!r} is not a read of a whole site",
+                next_step="Name reads without heads or neurons; numbers made from rows leave as a score.",
+            )  # fmt: skip
+    numbers = sum(cost.rows_of(v, walk) * v.width for v in values)
+    if numbers > MAX_RAW_NUMBERS:
+        raise errors.refuse(
+            "too_expensive", f"{path}.of", f"{numbers} numbers; one answer holds at most {MAX_RAW_NUMBERS}",
+            next_step="Capture the rows and work on the handle.",
+        )  # fmt: skip
+
+
 def lens(node: ops.Lens, walk: Walk, path: str) -> None:
     for i, value in enumerate(_same_rows(node.of, walk, path)):
         if value.form == "pattern":
@@ -68,7 +87,7 @@ def logprobs(node: ops.Logprobs, walk: Walk, path: str) -> None:
 
 
 def _tokens(
-    tokens: ops.Tokens | tuple[ops.Tokens, ...], walk: Walk, path: str
+    tokens: words.Tokens | tuple[words.Tokens, ...], walk: Walk, path: str
 ) -> tuple[tuple[int, ...], ...]:
     """Token ids per prompt, from one list for all or one list each."""
     n_prompts = len(walk.scope.lengths)
@@ -156,7 +175,7 @@ def metric(node: ops.Metric, walk: Walk, path: str) -> None:
         _require_next_token(node, selection, walk, f"{path}.at")
 
 
-def _pair(node: ops.Metric, tokens: ops.Tokens | tuple[ops.Tokens, ...], walk: Walk, path: str) -> None:
+def _pair(node: ops.Metric, tokens: words.Tokens | tuple[words.Tokens, ...], walk: Walk, path: str) -> None:
     ids = _tokens(tokens, walk, path)
     if len(ids[0]) != 2:
         raise errors.refuse("bad_value", path, f"logit_diff takes a pair of tokens, not {len(ids[0])}")

@@ -22,7 +22,8 @@ from trocar.graph.shapes import Kind, Value
 
 Group = Literal["read", "constant", "arithmetic", "edit", "output", "control"]
 Lane = Literal["A", "A*"]
-Declassifier = Literal["none", "scalars", "top_k", "tokens", "handle"]
+Declassifier = Literal["none", "scalars", "top_k", "tokens", "metric", "raw", "handle"]
+Gives = Literal["user", "act", "join", "none"]
 ROWLIKE: Final[tuple[Kind, ...]] = ("rows", "per_prompt")
 WIDE: Final[tuple[Kind, ...]] = ("vector", "per_prompt", "rows")
 NUMBERS: Final[tuple[Kind, ...]] = ("scalars", "prompt_scalars")
@@ -52,8 +53,13 @@ class OpSpec:
         takes: operand fields and the kinds they accept; a number or nothing may stand there too where the
             node says so.
         gives: what the result is, in words, for the docs.
+        label: what a result may reveal: what the caller sent (`user`), what came out of the model (`act`), or the
+            highest of its operands (`join`); outputs and edits have no value (`none`).
         declassifier: how a result leaves.
         bits: most bits released, for outputs.
+        unit: what is charged, in words, for the docs.
+        flops: work beside the pass itself.
+        stored: bytes added to the store.
         lane: where it runs: A is the shared batch, A* the same with attention patterns written out.
     """
 
@@ -65,7 +71,18 @@ class OpSpec:
     takes: Mapping[str, tuple[Kind, ...]] = field(default_factory=dict)
     declassifier: Declassifier = "none"
     bits: Callable[[Any, Walk, Prices], int] | None = None
+    unit: str = ""
     lane: Lane = "A"
+    flops: Callable[[Any, Walk], int] | None = None
+    stored: Callable[[Any, Walk], int] | None = None
+
+    @property
+    def label(self) -> Gives:
+        if self.group in ("edit", "output", "control"):
+            return "none"
+        if self.group == "arithmetic":
+            return "join"
+        return "user" if self.op in ("tensor", "sae") else "act"
 
     @property
     def doc(self) -> str:
@@ -95,7 +112,8 @@ _ARITHMETIC: Final = (
         {"of": ("rows", "scalars", "per_prompt")},
     ),
     OpSpec(
-        "encode", ops.Encode, "arithmetic", arith.encode, "the operand's kind", {"of": ROWLIKE, "sae": DICTIONARY}
+        "encode", ops.Encode, "arithmetic", arith.encode, "the operand's kind", {"of": ROWLIKE, "sae": DICTIONARY},
+        flops=cost.encode_flops,
     ),
     OpSpec("eq", ops.Eq, "arithmetic", arith.compare, "mask or prompt_mask", NUMBERED),
     OpSpec("gt", ops.Gt, "arithmetic", arith.compare, "mask or prompt_mask", NUMBERED),
@@ -115,28 +133,44 @@ _EDITS: Final = (
         {"down": MATRIX, "up": MATRIX, "inner": VECTOR, "bias": VECTOR, **EDIT},
     ),
     OpSpec("edit.clamp", ops.EditClamp, "edit", edits.edit_clamp, "edit", VALUED),
-    OpSpec("edit.sae", ops.EditSae, "edit", edits.edit_sae, "edit", {"sae": DICTIONARY, **EDIT}),
+    OpSpec(
+        "edit.sae", ops.EditSae, "edit", edits.edit_sae, "edit", {"sae": DICTIONARY, **EDIT}, flops=cost.sae_flops
+    ),
     OpSpec("edit.knockout", ops.EditKnockout, "edit", edits.knockout, "edit", lane="A*"),
 )
 _OUTPUTS: Final = (
     OpSpec(
-        "capture", ops.Capture, "output", outs.capture, "handle", {"of": ("rows",)}, "handle", cost.capture_bits
+        "capture", ops.Capture, "output", outs.capture, "handle", {"of": ("rows",)}, "handle", cost.capture_bits,
+        "nothing: rows stay", stored=cost.stored_bytes,
     ),
-    OpSpec("lens", ops.Lens, "output", outs.lens, "top-k tokens per row", {"of": ROWLIKE}, "top_k", cost.lens_bits),
-    OpSpec("logprobs", ops.Logprobs, "output", outs.logprobs, "numbers per row", {}, "scalars", cost.logprobs_bits),
+    OpSpec(
+        "lens", ops.Lens, "output", outs.lens, "top-k tokens per row", {"of": ROWLIKE}, "top_k", cost.lens_bits,
+        "a token and a number, k per row", flops=cost.lens_flops,
+    ),
+    OpSpec(
+        "logprobs", ops.Logprobs, "output", outs.logprobs, "numbers per row", {}, "scalars", cost.logprobs_bits,
+        "a number per row and token", flops=cost.logprobs_flops,
+    ),
     OpSpec(
         "score", ops.Score, "output", outs.score, "a number per row, or per prompt",
-        {"of": ("rows", *NUMBERS, *MASKS)}, "scalars", cost.score_bits,
+        {"of": ("rows", *NUMBERS, *MASKS)}, "scalars", cost.score_bits, "a number per row; a bit per truth value",
     ),
     OpSpec(
-        "metric", ops.Metric, "output", outs.metric, "a number per prompt", {"to": ("rows",)}, "scalars",
-        cost.metric_bits,
+        "metric", ops.Metric, "output", outs.metric, "a number per prompt", {"to": ("rows",)}, "metric",
+        cost.metric_bits, "a number per prompt", flops=cost.metric_flops,
     ),
     OpSpec(
         "pattern", ops.Pattern, "output", outs.pattern, "a number per row, head and key", {"of": ("rows",)},
-        "scalars", cost.pattern_bits, "A*",
+        "scalars", cost.pattern_bits, "a number per row, head and key", "A*",
     ),
-    OpSpec("text", ops.Text, "output", outs.text, "text per prompt", {}, "tokens", cost.text_bits),
+    OpSpec(
+        "raw", ops.Raw, "output", outs.raw, "rows", {"of": ("rows",)}, "raw", cost.raw_bits,
+        "width numbers and a scale per row",
+    ),
+    OpSpec(
+        "text", ops.Text, "output", outs.text, "text per prompt", {}, "tokens", cost.text_bits,
+        "a token each, and one for the end",
+    ),
 )
 _CONTROL: Final = (OpSpec("stop_after", ops.StopAfter, "control", outs.stop_after, "nothing"),)
 _TABLE: Final = (*_READS, *_ARITHMETIC, *_EDITS, *_OUTPUTS, *_CONTROL)

@@ -15,7 +15,7 @@ from typing import Annotated, Final, Literal
 from pydantic import Field
 
 from trocar import errors, sites, strict
-from trocar.graph import check, ops
+from trocar.graph import check, ops, words
 from trocar.graph.canonical import canonical_sites
 from trocar.graph.check import Checked
 from trocar.graph.cost import Cost, Prices
@@ -39,7 +39,7 @@ class Axis(Strict):
         values: numbers, or texts where the field holds a text.
     """
 
-    node: ops.Id
+    node: words.Id
     field: AxisField
     values: Annotated[tuple[Setting, ...], Field(min_length=1, max_length=MAX_VARIANTS, fail_fast=True)]
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Final
 
 from trocar.engine.hf.engine import HFEngine, Limits
+from trocar.engine.protocol import Engine
 from trocar.gate.gate import Gate
-from trocar.models.load import load
-from trocar.service.prepare import Served
+from trocar.models.load import Loaded, load
+from trocar.service.local import local
 from trocar.service.service import Service
+from trocar.service.worker import Model
 from trocar.store import Store
 
 LOOKS: Final = 3
@@ -23,15 +25,19 @@ LOOKS: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """A service with the models it was made from."""
+    """A service with the models it was made from.
+
+    Attributes:
+        validation_s: seconds that each model's load-time validation took.
+    """
 
     service: Service
-    served: tuple[Served, ...]
+    models: tuple[Model, ...]
+    validation_s: tuple[float, ...]
 
     def halt(self) -> None:
         """Stops the engines, so that what waits for them fails now; store and ledger stay open."""
-        for served in self.served:
-            served.engine.close()
+        self.service.halt()
 
 
 def assemble(
@@ -60,17 +66,23 @@ def assemble(
     usual = Limits()
     limits = replace(usual, step_tokens=step_tokens or usual.step_tokens, kv_bytes=kv_bytes or usual.kv_bytes)
     with ExitStack() as undo:
-        served = []
+        engines = []
         for ref in refs:
             loaded = load(ref, threads=threads)
             engine = HFEngine(loaded, limits)
             undo.callback(engine.close)
-            served.append(Served(loaded, engine))
+            engines.append((loaded, engine))
         opened = Store(store)
         undo.callback(opened.close)
-        service = Service(served, opened, gate)
+        service = local_service(engines, opened, gate)
         undo.pop_all()
-    return Assembly(service, tuple(served))
+    models = tuple(local(loaded, engine, opened) for loaded, engine in engines)
+    return Assembly(service, models, tuple(loaded.validation_s for loaded, _ in engines))
+
+
+def local_service(engines: Sequence[tuple[Loaded, Engine]], store: Store, gate: Gate) -> Service:
+    """Everything in this process."""
+    return Service([local(loaded, engine, store) for loaded, engine in engines], gate, (store,))
 
 
 def spare_collector() -> None:

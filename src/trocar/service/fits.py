@@ -7,56 +7,113 @@ prompt has several stored rows they share its label and never stand on both side
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Final
-
-import numpy as np
-import numpy.typing as npt
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from trocar import analysis, errors
+from trocar.gate import schema
 from trocar.gate.gate import Gate, Hold
+from trocar.gate.handles import ACTIVATIONS, Handle, new_artifact
 from trocar.gate.release import Released
-from trocar.graph.cost import Cost, Prices
+from trocar.gate.schema import Arrays
+from trocar.graph.cost import STORED_BYTES_PER_NUMBER, Cost, Prices
+from trocar.graph.labels import Rules
 from trocar.graph.program import canonical
 from trocar.service.jobs import Job, Jobs
-from trocar.service.prepare import Served
-from trocar.store import Reader, Store
+from trocar.service.metrics import METRICS
+from trocar.service.steps import UNSAID
+from trocar.service.worker import FitOrder, Model
 from trocar.wire import results as r
 from trocar.wire.requests import FitRequest
 
-_CLASS_METRICS: Final = (
-    "auroc", "auroc_low", "auroc_high", "auroc_shuffled", "auroc_train", "accuracy", "accuracy_train", "direction_norm",
-)  # fmt: skip
-METRICS: Final = {
-    "logistic": _CLASS_METRICS,
-    "mean_diff": _CLASS_METRICS,
-    "ridge": ("r2", "r2_low", "r2_high", "r2_shuffled", "r2_train", "direction_norm"),
-}
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A fit that its request does not get wrong.
+
+    Attributes:
+        labels, groups: per row; None for a linear map.
+        target: what a linear map is fitted to.
+        shapes: of the arrays that it makes, by site.
+    """
+
+    request: FitRequest
+    of: Handle
+    target: Handle | None
+    labels: list[Any] | None
+    groups: list[Any] | None
+    n_train: int
+    n_test: int
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the numbers that it releases for each site."""
+        return METRICS[self.request.kind]
+
+    def cost(self, prices: Prices) -> Cost:
+        sites, width = len(self.of.widths), sum(self.of.widths.values())
+        bits = {"overhead": prices.overhead_bits, "fit": sites * len(self.names) * prices.norm_bits}
+        made = sum(math.prod(shape) for arrays in self.shapes.values() for shape in arrays.values())
+        return Cost(
+            tokens=0,
+            rows_read=self.of.rows * sites,
+            flops=4 * self.of.rows * made,
+            bytes_stored=made * STORED_BYTES_PER_NUMBER,
+            bits_out=bits,
+            total_bits=sum(bits.values()),
+            download_bits=self.of.rows * width * 16,
+        )
 
 
-def fit_cost(reader: Reader, request: FitRequest, prices: Prices) -> Cost:
-    """Static price of a fit, after everything that labels alone can get wrong.
+def ask(request: FitRequest, of: Handle, target: Handle | None, rules: Rules) -> Ask:
+    """Checks a fit before anything is spent.
 
     Raises:
-        ProgramError: `bad_labels`, `too_few_rows`, `bad_value`.
+        ProgramError: `bad_labels`, `too_few_rows`, `bad_value`, `missing_field`, `wrong_handle`, `rows_mismatch`.
+        PolicyRefusal: `policy` for a linear map of secret weights.
     """
-    labels, groups = _spread(reader, request)
-    analysis.check(
-        request.kind, labels, groups, test_fraction=request.test_fraction, seed=request.seed, l2=request.l2
-    )
-    sites = len(reader.info.widths)
-    bits = {"overhead": prices.overhead_bits, "fit": sites * len(METRICS[request.kind]) * prices.scalar_bits}
-    numbers = reader.info.n_rows * sum(reader.info.widths.values())
-    return Cost(
-        tokens=0,
-        rows_read=reader.info.n_rows * sites,
-        flops=4 * numbers,
-        bytes_stored=sum(reader.info.widths.values()) * 4 * 2,
-        bits_out=bits,
-        total_bits=sum(bits.values()),
-        download_bits=numbers * 16,
-    )
+    if request.kind == "linear_map":
+        return _map(request, of, target, rules)
+    if request.labels is None:
+        raise errors.refuse("missing_field", "labels", f"{request.kind} is fitted to labels")
+    if target is not None:
+        raise errors.refuse("bad_value", "target", f"{request.kind} is fitted to labels and takes no target")
+    labels, groups = _spread(of, request, request.labels)
+    fraction, seed = request.test_fraction, request.seed
+    analysis.check(request.kind, labels, groups, test_fraction=fraction, seed=seed, l2=request.l2)
+    n_train, n_test = analysis.sizes(request.kind, labels, groups, fraction, seed)
+    shapes = {site: {"direction": (n,), "weights": (n,), "bias": (1,)} for site, n in of.widths.items()}
+    return Ask(request, of, None, labels, groups, n_train, n_test, shapes)
+
+
+def _map(request: FitRequest, of: Handle, target: Handle | None, rules: Rules) -> Ask:
+    if not rules.own_targets:
+        reason = "a map from activations to activations is a piece of the weights between them"
+        raise errors.refuse("policy", "target", reason, next_step="Fit to labels of your own.")
+    if target is None:
+        raise errors.refuse("missing_field", "target", "a linear map is fitted to the rows of another handle")
+    if request.labels is not None or request.groups is not None:
+        raise errors.refuse(
+            "bad_value", "labels", "a linear map is fitted to rows and takes no labels or groups"
+        )
+    if target.kind != ACTIVATIONS or target.fingerprint != of.fingerprint:
+        raise errors.refuse("wrong_handle", "target", f"{target.id!r} holds no rows of the same model")
+    site = request.target_site
+    if site not in target.widths:
+        near = errors.closest(site or "", target.widths)
+        raise errors.refuse(
+            "wrong_handle", "target_site", f"{target.id!r} has no rows of {site!r}", closest=near
+        )
+    if target.counts != of.counts:
+        reason = f"{target.id!r} and {of.id!r} do not have the same number of rows of each prompt"
+        raise errors.refuse("rows_mismatch", "target", reason)
+    n_train, n_test = analysis.map_sizes(of.rows, request.test_fraction)
+    out = target.widths[site]
+    shapes = {name: {"map": (n, out), "bias": (out,)} for name, n in of.widths.items()}
+    return Ask(request, of, target, None, None, n_train, n_test, shapes)
 
 
 def fit_digest(request: FitRequest) -> str:
@@ -64,18 +121,18 @@ def fit_digest(request: FitRequest) -> str:
     return hashlib.sha256(canonical(request)).hexdigest()
 
 
-def _spread(reader: Reader, request: FitRequest) -> tuple[list[Any], list[Any] | None]:
+def _spread(of: Handle, request: FitRequest, labels: tuple[Any, ...]) -> tuple[list[Any], list[Any] | None]:
     """Labels and groups per row, from one per prompt."""
-    counts = reader.rows_per_prompt()
-    if len(request.labels) != len(counts):
-        reason = f"{len(request.labels)} labels for {len(counts)} prompts"
+    counts = of.counts
+    if len(labels) != len(counts):
+        reason = f"{len(labels)} labels for {len(counts)} prompts"
         raise errors.refuse("bad_labels", "labels", reason)
     if request.groups is not None and len(request.groups) != len(counts):
         raise errors.refuse("bad_labels", "groups", f"{len(request.groups)} groups for {len(counts)} prompts")
     if max(counts) == 1 and request.groups is None:
-        return _repeat(request.labels, counts), None  # a prompt without a row has no say
+        return _repeat(labels, counts), None  # a prompt without a row has no say
     groups = request.groups or tuple(range(len(counts)))
-    return _repeat(request.labels, counts), _repeat(groups, counts)
+    return _repeat(labels, counts), _repeat(groups, counts)
 
 
 def _repeat(values: tuple[Any, ...], counts: tuple[int, ...]) -> list[Any]:
@@ -86,98 +143,81 @@ def _repeat(values: tuple[Any, ...], counts: tuple[int, ...]) -> list[Any]:
 class Fit:
     """One admitted fit; `work` is what its job does."""
 
-    request: FitRequest
-    reader: Reader
-    served: Served
-    store: Store
+    ask: Ask
+    model: Model
     gate: Gate
     jobs: Jobs
-    tenant: str
     hold: Hold
+    artifact: str = field(default_factory=new_artifact)
 
     def work(self, job: Job) -> Released:
-        artifact: str | None = None
         try:
-            result = self._fit(job)
-            artifact = self._save(result)
-            return self.gate.release(self.hold, self._result(result, artifact))
+            made = self._result(self.model.worker.fit(self._order(), self.jobs.watch(job)))
+            self.gate.handles.add((self._handle(),))
+            return self.gate.release(self.hold, lambda press: press.fit(made, self.hold.cost))
         except BaseException:
-            self._undo(artifact)
+            self._undo()
             raise
 
-    def _undo(self, artifact: str | None) -> None:
+    @property
+    def _tenant(self) -> str:
+        return self.ask.of.tenant
+
+    def _order(self) -> FitOrder:
+        ask = self.ask
+        sites = tuple(ask.of.shapes)
+        name = self.hold.reservation.id
+        return FitOrder(name, self._tenant, ask.request, sites, ask.labels, ask.groups, self.artifact)
+
+    def _undo(self) -> None:
         """Nothing was released: the artifact goes, the overhead stays charged."""
         try:
             self.gate.cancel(self.hold)
         finally:
-            if artifact is not None:
-                self.store.delete(self.tenant, artifact)
+            self.gate.handles.forget(self._tenant, (self.artifact,))
+            self.model.worker.erase(self._tenant, (self.artifact,))
 
-    def _fit(self, job: Job) -> analysis.FitResult:
-        labels, groups = _spread(self.reader, self.request)
-        sources = {site: partial(self._load, job, i, site) for i, site in enumerate(self.reader.info.widths)}
-        return analysis.fit(
-            self.request.kind,
-            sources,
-            labels,
-            groups,
-            test_fraction=self.request.test_fraction,
-            seed=self.request.seed,
-            l2=self.request.l2,
+    def _handle(self) -> Handle:
+        ask, facts = self.ask, self.model.facts
+        return Handle(
+            self.artifact,
+            self._tenant,
+            ask.request.kind,
+            facts.name,
+            facts.fingerprint,
+            ask.shapes,
+            own_targets=ask.target is not None,
+            source=ask.of.id,
         )
 
-    def _load(self, job: Job, index: int, site: str) -> Any:
-        self.jobs.require_wanted(job)
-        self.jobs.progress(job, index)
-        return self.reader.read(site)
-
-    def _save(self, result: analysis.FitResult) -> str:
-        arrays: dict[str, dict[str, npt.NDArray[Any]]] = {
-            site: {
-                "direction": f.direction,
-                "weights": f.weights,
-                "bias": np.array([f.bias], dtype=np.float64),
-            }
-            for site, f in result.sites.items()
-        }
-        info = {"model": self.reader.info.model, "from": self.reader.info.id, "seed": result.seed}
-        return self.store.save_artifact(
-            self.tenant, self.request.kind, self.reader.info.fingerprint, arrays, info
-        )
-
-    def _result(self, result: analysis.FitResult, artifact: str) -> r.RunResult:
+    def _result(self, arrays: Arrays) -> r.RunResult:
+        ask = self.ask
+        schema.require(arrays, (schema.Field("metrics", "<f4", (len(ask.of.shapes), len(ask.names))),))
         output = r.FitOutput(
-            artifact=artifact,
-            fit=result.kind,
-            fingerprint=self.reader.info.fingerprint,
-            n_train=len(result.train),
-            n_test=len(result.test),
-            sites=tuple(r.SiteMetrics(site=s, metrics=_numbers(f)) for s, f in result.sites.items()),
+            artifact=self.artifact,
+            fit=ask.request.kind,
+            fingerprint=ask.of.fingerprint,
+            n_train=ask.n_train,
+            n_test=ask.n_test,
+            sites=tuple(
+                r.SiteMetrics(site=site, metrics=dict(zip(ask.names, map(float, row), strict=True)))
+                for site, row in zip(ask.of.shapes, arrays["metrics"], strict=True)
+            ),
         )
-        facts = self.served.facts
-        receipt = r.Receipt(
+        return r.RunResult(outputs={"fit": output}, tokens=(), receipt=self._receipt())
+
+    def _receipt(self) -> r.Receipt:
+        facts, request = self.model.facts, self.ask.request
+        return r.Receipt(
             model=facts.name,
             fingerprint=facts.fingerprint,
             engine="store",
             dtype="float64",
-            program_digest=self.reader.info.program_hash,
-            request_digest=fit_digest(self.request),
-            seed=self.request.seed,
+            program_digest="",
+            request_digest=fit_digest(request),
+            seed=request.seed,
             edits=(),
             released_bits={},
             reserved_bits=self.hold.cost.total_bits,
+            precision=UNSAID,
         )
-        return r.RunResult(outputs={"fit": output}, tokens=(), receipt=receipt)
-
-
-def _numbers(fit: analysis.SiteFit) -> dict[str, float]:
-    metrics, norm = fit.metrics, float(np.linalg.norm(fit.direction))
-    low, high = metrics.interval
-    if isinstance(metrics, analysis.RidgeMetrics):
-        r2 = (metrics.test_r2, low, high, metrics.control_r2, metrics.train_r2, norm)
-        return dict(zip(METRICS["ridge"], r2, strict=True))
-    values = (
-        metrics.test_auroc, low, high, metrics.control_auroc, metrics.train_auroc,
-        metrics.test_accuracy, metrics.train_accuracy, norm,
-    )  # fmt: skip
-    return dict(zip(_CLASS_METRICS, values, strict=True))

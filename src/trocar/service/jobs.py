@@ -32,7 +32,13 @@ WORKERS: Final[dict[Kind, int]] = {"run": 256, "fit": 1, "session": 64}  # runs 
 
 @dataclass(slots=True)
 class Job:
-    """One job; fields change under the table's lock. `unwanted` stays set once somebody cancelled it."""
+    """One job; fields change under the table's lock.
+
+    Attributes:
+        unwanted: stays set once somebody cancelled it.
+        tick_ms: it ends at whole multiples of this since its start, and says nothing before; 0 for a job of whom
+            time and progress may be known.
+    """
 
     id: JobId
     tenant: str
@@ -47,6 +53,7 @@ class Job:
     stop: Callable[[], None] | None = field(default=None, repr=False)
     unwanted: bool = False
     claim: Claim | None = None
+    tick_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +79,17 @@ class Jobs:
             kind: ThreadPoolExecutor(n, thread_name_prefix=f"trocar-{kind}") for kind, n in WORKERS.items()
         }
 
-    def start(self, tenant: str, kind: Kind, total: int, work: Work, claim: Claim | None = None) -> r.JobView:
+    def start(
+        self, tenant: str, kind: Kind, total: int, work: Work, claim: Claim | None = None, tick_ms: int = 0
+    ) -> r.JobView:
         """Queues work, which always runs: a job that nobody wants any more finds out by `require_wanted`.
 
         Raises:
             Overloaded: `queue_full` when the tenant has too many unfinished jobs.
             ServerFault: `internal` when the server is stopping.
         """
-        job = Job(JobId(f"job_{secrets.token_hex(16)}"), tenant, kind, total, time.monotonic(), claim=claim)
+        name = JobId(f"job_{secrets.token_hex(16)}")
+        job = Job(name, tenant, kind, total, time.monotonic(), claim=claim, tick_ms=tick_ms)
         with self._changed:
             self.require_room(tenant)
             self._forget_old(tenant)
@@ -154,6 +164,10 @@ class Jobs:
             stop()
         return self.view(tenant, job_id)
 
+    def watch(self, job: Job, before: int = 0) -> JobWatch:
+        """For whoever does a job's work; `before` parts of it were done earlier."""
+        return JobWatch(self, job, before)
+
     def stoppable(self, job: Job, stop: Callable[[], None]) -> None:
         """Says how a running job is stopped; it is stopped at once if it was cancelled before."""
         with self._changed:
@@ -196,11 +210,14 @@ class Jobs:
         try:
             released = work(job)
         except errors.TrocarError as e:
+            _to_tick(job)
             self._end(job, "CANCELLED" if e.code == "cancelled" else "FAILED", error=e)
         except Exception:
             log.exception("job %s failed", job.id)
+            _to_tick(job)
             self._end(job, "FAILED", error=errors.refuse("internal", "", "the job could not be run"))
         else:
+            _to_tick(job)
             self._end(job, "COMPLETED", released=released)
 
     def _move(self, job: Job, state: r.JobState) -> None:
@@ -228,21 +245,31 @@ class Jobs:
         return job
 
     def _view(self, job: Job) -> r.JobView:
-        ahead = sum(
-            1
-            for j in self._jobs.values()
-            if j.kind == job.kind and j.state == "QUEUED" and j.started_s < job.started_s
+        elapsed_s, state, done, ahead = (
+            (job.ended_s or time.monotonic()) - job.started_s,
+            job.state,
+            job.done,
+            0,
         )
+        if job.tick_ms:
+            elapsed_s -= elapsed_s % (job.tick_ms / 1000)
+            state, done = (state, job.total) if state in r.FINAL else ("RUNNING", 0)
+        elif state == "QUEUED":
+            ahead = self._ahead(job)
         return r.JobView(
             job=job.id,
             kind=job.kind,
-            state=job.state,
-            done=job.done,
+            state=state,
+            done=done,
             total=job.total,
-            ahead=ahead if job.state == "QUEUED" else 0,
-            elapsed_s=round((job.ended_s or time.monotonic()) - job.started_s, 1),
+            ahead=ahead,
+            elapsed_s=round(elapsed_s, 1),
             refusals=tuple(r.RefusalView(**x.as_json()) for x in job.error.refusals) if job.error else (),
         )
+
+    def _ahead(self, job: Job) -> int:
+        waiting = (j for j in self._jobs.values() if j.kind == job.kind and j.state == "QUEUED")
+        return sum(1 for j in waiting if j.started_s < job.started_s)
 
     def _forget_old(self, tenant: str) -> None:
         """Drops results that are old, and the oldest of a tenant who has too many: they are in memory."""
@@ -252,6 +279,31 @@ class Jobs:
         gone = {j.id for j in ended if now - (j.ended_s or 0.0) > KEEP_S}
         for job_id in gone | {j.id for j in mine[MAX_FINISHED_PER_TENANT:]}:
             del self._jobs[job_id]
+
+
+def _to_tick(job: Job) -> None:
+    """Waits for the job's next tick, so that its end tells no more of how long it took."""
+    if job.tick_ms:
+        tick_s = job.tick_ms / 1000
+        time.sleep(tick_s - (time.monotonic() - job.started_s) % tick_s)
+
+
+@dataclass(frozen=True, slots=True)
+class JobWatch:
+    """Tells a worker's progress to a job, and a job's end to a worker."""
+
+    jobs: Jobs
+    job: Job
+    before: int
+
+    def progress(self, done: int) -> None:
+        self.jobs.progress(self.job, self.before + done)
+
+    def stoppable(self, stop: Callable[[], None]) -> None:
+        self.jobs.stoppable(self.job, stop)
+
+    def require_wanted(self) -> None:
+        self.jobs.require_wanted(self.job)
 
 
 def _broken(job: Job) -> bool:

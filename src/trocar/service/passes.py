@@ -1,33 +1,30 @@
-"""The way of one request through the engine: a task per variant, the rows it captures, what comes back.
-
-A run has one of these, a session one per step. Whoever owns it releases the result or erases the rows.
-"""
+"""The way of one order through the engine: a task per variant, the rows it captures, the arrays that come back."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
 from trocar import errors
-from trocar.engine.protocol import F32, RowTags, Task, TaskResult
+from trocar.engine.protocol import F32, Engine, RowTags, Task, TaskResult
+from trocar.gate.schema import Arrays
 from trocar.graph import ops
 from trocar.graph.check import Checked
 from trocar.models.load import Loaded
-from trocar.service.answers import Answer
-from trocar.service.jobs import Job, Jobs
-from trocar.service.prepare import Prepared, Served
+from trocar.service.arrays import of_result
+from trocar.service.prepare import Prepared
 from trocar.service.values import probe_values, stored_values, vector_values
+from trocar.service.worker import RunOrder, Watch
 from trocar.store import RowTable, Store, Writer
-from trocar.wire import results as r
+from trocar.store.ids import HandleId
 
 IN_FLIGHT: Final = 32  # variants of one sweep that are in the engine at once: the queue belongs to everybody
 FULL_S: Final = 0.2
-NOTHING: Final[Mapping[str, str]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,37 +51,34 @@ class StoreSink:
 
 @dataclass(frozen=True, slots=True)
 class Passes:
-    """The variants of one prepared request; without a sweep there is one.
+    """The variants of one order; without a sweep there is one.
 
     Attributes:
-        name: id of the request for the engine.
         writers: of each variant, what it captures, by the name of the output.
     """
 
-    name: str
-    prepared: Prepared
-    served: Served
+    order: RunOrder
+    loaded: Loaded
+    engine: Engine
     store: Store
-    jobs: Jobs
-    tenant: str
+    watch: Watch
     writers: list[dict[str, Writer]] = field(default_factory=list)
 
-    def run(self, job: Job, made: Mapping[str, str] = NOTHING, before: int = 0) -> list[TaskResult]:
-        """Runs every variant; when one fails, or the job is cancelled, the others are stopped.
+    @property
+    def prepared(self) -> Prepared:
+        return self.order.prepared
 
-        Args:
-            made: handles by their name in a session.
-            before: prompts of this job that were done before.
-        """
+    def run(self) -> list[TaskResult]:
+        """Runs every variant; when one fails, or the order is not wanted any more, the others are stopped."""
         waiting = deque(range(len(self.prepared.variants)))
         running: dict[Future[TaskResult], int] = {}
         results: dict[int, TaskResult] = {}
-        progress = _Progress(self.jobs, job, before)
+        progress = _Progress(self.watch)
         try:
             while waiting or running:
-                self.jobs.require_wanted(job)
-                self._fill(waiting, running, made, progress, begun=bool(results) or before > 0)
-                self.jobs.stoppable(job, self._stop)
+                self.watch.require_wanted()
+                self._fill(waiting, running, progress, begun=bool(results) or self.order.begun)
+                self.watch.stoppable(self._stop)
                 if not running:
                     time.sleep(FULL_S)
                     continue
@@ -100,7 +94,6 @@ class Passes:
         self,
         waiting: deque[int],
         running: dict[Future[TaskResult], int],
-        made: Mapping[str, str],
         progress: _Progress,
         *,
         begun: bool,
@@ -108,7 +101,7 @@ class Passes:
         """Hands variants to the engine; a full engine refuses a request that has not begun, and delays one that has."""
         while waiting and len(running) < IN_FLIGHT:
             try:
-                future = self.served.engine.submit(self._task(waiting[0], made, progress.of(waiting[0])))
+                future = self.engine.submit(self._task(waiting[0], progress.of(waiting[0])))
             except errors.Overloaded as e:
                 if e.code != "queue_full" or not (running or begun):
                     raise
@@ -117,24 +110,25 @@ class Passes:
 
     def _stop(self) -> None:
         for i in range(len(self.prepared.variants)):
-            self.served.engine.cancel(self._id(i))
+            self.engine.cancel(self._id(i))
 
     def _id(self, variant: int) -> str:
-        return self.name if len(self.prepared.variants) == 1 else f"{self.name}.{variant}"
+        return self.order.id if len(self.prepared.variants) == 1 else f"{self.order.id}.{variant}"
 
-    def _task(self, index: int, made: Mapping[str, str], progress: Callable[[int], None]) -> Task:
+    def _task(self, index: int, progress: Callable[[int], None]) -> Task:
         prepared, checked = self.prepared, self.prepared.variants[index].checked
+        tenant, made = self.order.tenant, self.order.made
         return Task(
             request=self._id(index),
             checked=checked,
             tokens=prepared.tokens,
-            vectors=vector_values(checked.program, prepared.vectors, self.store, self.tenant),
-            stored=stored_values(checked, self.store, self.tenant, made),
-            probes=probe_values(checked.program, self.store, self.tenant),
-            sinks={n: StoreSink(w, self.served.loaded) for n, w in self._open(index, checked).items()},
+            vectors=vector_values(checked.program, prepared.vectors, self.store, tenant),
+            stored=stored_values(checked, self.store, tenant, made),
+            probes=probe_values(checked.program, self.store, tenant),
+            sinks={n: StoreSink(w, self.loaded) for n, w in self._open(index, checked).items()},
             progress=progress,
-            tenant=self.tenant,
-            family=self.name if len(prepared.variants) > 1 else None,
+            tenant=tenant,
+            family=self.order.id if len(prepared.variants) > 1 else None,
             fork=prepared.fork,
         )
 
@@ -142,69 +136,46 @@ class Passes:
         """A writer for each capture; a variant that was refused for lack of room keeps its own."""
         while len(self.writers) <= index:
             self.writers.append({})
-        mine, facts = self.writers[index], self.served.facts
+        mine, facts = self.writers[index], self.engine.facts
         for node in checked.outputs():
             if isinstance(node, ops.Capture) and node.id not in mine:
                 widths = {str(checked.values[ref].sites[0]): checked.values[ref].width for ref in node.of}
                 mine[node.id] = self.store.create(
-                    self.tenant, facts.name, facts.fingerprint, widths, checked.program.digest()
+                    self.order.tenant,
+                    facts.name,
+                    facts.fingerprint,
+                    widths,
+                    checked.program.digest(),
+                    handle=HandleId(self.order.handles[index][node.id]),
                 )
         return mine
 
-    def answer(self, results: list[TaskResult], reserved_bits: int) -> r.RunResult:
-        """What may be released."""
-        parts = zip(self.prepared.variants, self.writers, results, strict=True)
-        found = []
-        for variant, writers, result in parts:
-            answer = Answer(variant.checked, self.served, writers)
-            found.append(
-                r.VariantResult(
-                    settings=dict(variant.settings),
-                    outputs=answer.outputs(result),
-                    edits=answer.edits(result),
-                )
-            )
-        swept = bool(self.prepared.request.sweep)
-        tokens = tuple(tuple(self.served.loaded.token_texts(list(ids))) for ids in self.prepared.tokens)
-        receipt = self._receipt(() if swept else found[0].edits, reserved_bits)
-        if swept:
-            return r.RunResult(outputs={}, tokens=tokens, receipt=receipt, sweep=tuple(found))
-        return r.RunResult(outputs=found[0].outputs, tokens=tokens, receipt=receipt)
-
-    def _receipt(self, edits: tuple[r.EditReceipt, ...], reserved_bits: int) -> r.Receipt:
-        facts = self.served.facts
-        return r.Receipt(
-            model=facts.name,
-            fingerprint=facts.fingerprint,
-            engine=self.served.engine.name,
-            dtype=facts.dtype,
-            program_digest=self.prepared.program.digest(),
-            request_digest=self.prepared.digest,
-            seed=self.prepared.request.generation.seed,
-            edits=edits,
-            released_bits={},
-            reserved_bits=reserved_bits,
-        )
+    def arrays(self, results: Sequence[TaskResult]) -> list[Arrays]:
+        """What the gate declared, of each variant; finishes what was captured."""
+        for writers in self.writers:
+            for writer in writers.values():
+                writer.finish()
+        heads = self.engine.facts.n_heads
+        pairs = zip(self.prepared.variants, results, strict=True)
+        return [of_result(variant.checked, result, heads) for variant, result in pairs]
 
     def erase(self) -> None:
         """Deletes everything that was captured."""
         for writer in [w for writers in self.writers for w in writers.values()]:
             with suppress(errors.NotFound):  # its owner may have deleted it already
-                self.store.delete(self.tenant, writer.id)
+                self.store.delete(self.order.tenant, writer.id)
 
 
 @dataclass(frozen=True, slots=True)
 class _Progress:
-    """Finished prompts of a job, over the variants that run."""
+    """Finished prompts of an order, over the variants that run."""
 
-    jobs: Jobs
-    job: Job
-    before: int
+    watch: Watch
     done: dict[int, int] = field(default_factory=dict)
 
     def of(self, variant: int) -> Callable[[int], None]:
         def tell(done: int) -> None:
             self.done[variant] = done
-            self.jobs.progress(self.job, self.before + sum(self.done.values()))
+            self.watch.progress(sum(self.done.values()))
 
         return tell

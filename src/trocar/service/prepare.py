@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from trocar import errors
-from trocar.engine.protocol import Engine
+from trocar.gate.handles import Handles
 from trocar.graph import ops, sweep
 from trocar.graph.canonical import canonical_sites
 from trocar.graph.cost import Cost, Prices
@@ -18,24 +19,21 @@ from trocar.graph.facts import HandleFacts, ModelFacts
 from trocar.graph.positions import NO_MARKS, Marks
 from trocar.graph.program import Program, canonical
 from trocar.graph.scope import Scope
-from trocar.models.load import Loaded
-from trocar.store import Store
+from trocar.models.text import TextCodec
 from trocar.strict import Strict
 from trocar.wire.requests import Chat, RunRequest
 
 Vectors = Mapping[str, npt.NDArray[np.float32]]
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A loaded model with its engine."""
-
-    loaded: Loaded
-    engine: Engine
+class Public(Protocol):
+    """The public side of a model."""
 
     @property
-    def facts(self) -> ModelFacts:
-        return self.engine.facts
+    def facts(self) -> ModelFacts: ...
+
+    @property
+    def text(self) -> TextCodec: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +68,9 @@ class Prepared:
 def prepare(
     request: RunRequest,
     vectors: Vectors,
-    served: Served,
-    store: Store,
-    owner: str,
+    model: Public,
+    handles: Handles,
+    tenant: str,
     prices: Prices,
     promised: Mapping[str, HandleFacts] | None = None,
 ) -> Prepared:
@@ -84,27 +82,27 @@ def prepare(
     Raises:
         ProgramError: everything the checker finds.
     """
-    marked = _marked(request, served)
+    marked = _marked(request, model)
     tokens = tuple(tokens for tokens, _ in marked)
     scope = Scope(
-        model=served.facts,
+        model=model.facts,
         lengths=tuple(len(t) for t in tokens),
         generation=request.generation,
         tensors={name: tuple(v.shape) for name, v in vectors.items()},
-        handles={**_handles(request.program, store, owner), **(promised or {})},
-        encode=served.loaded.tokenize,
+        handles={**_handles(request.program, handles, tenant), **(promised or {})},
+        encode=model.text.tokenize,
         marks=tuple(marks for _, marks in marked),
     )
     variants = sweep.variants(request.program, request.sweep, scope, prices)
-    program = canonical_sites(request.program, served.facts)
-    fork = sweep.fork_layer([v.checked.program for v in variants], served.facts.n_layers)
+    program = canonical_sites(request.program, model.facts)
+    fork = sweep.fork_layer([v.checked.program for v in variants], model.facts.n_layers)
     alone = len(variants) == 1
     return Prepared(
         request, program, variants, tokens, vectors, digest(request, vectors), 0 if alone else fork
     )
 
 
-def _marked(request: RunRequest, served: Served) -> list[tuple[tuple[int, ...], Marks]]:
+def _marked(request: RunRequest, model: Public) -> list[tuple[tuple[int, ...], Marks]]:
     """Tokens and marks of every prompt."""
     for name, rows in request.masks.items():
         if len(rows) != len(request.prompts):
@@ -112,7 +110,7 @@ def _marked(request: RunRequest, served: Served) -> list[tuple[tuple[int, ...], 
                 "bad_value", f"masks.{name}", f"{len(rows)} rows for {len(request.prompts)} prompts",
                 next_step="Send one row per prompt, with one entry per token.",
             )  # fmt: skip
-    found = [_tokens(p, i, served) for i, p in enumerate(request.prompts)]
+    found = [_tokens(p, i, model) for i, p in enumerate(request.prompts)]
     if not request.masks:
         return found
     masks = [
@@ -121,18 +119,16 @@ def _marked(request: RunRequest, served: Served) -> list[tuple[tuple[int, ...], 
     return [(t, replace(marks, masks=m)) for (t, marks), m in zip(found, masks, strict=True)]
 
 
-def _tokens(
-    prompt: str | tuple[int, ...] | Chat, index: int, served: Served
-) -> tuple[tuple[int, ...], Marks]:
+def _tokens(prompt: str | tuple[int, ...] | Chat, index: int, model: Public) -> tuple[tuple[int, ...], Marks]:
     path = f"prompts[{index}]"
     if isinstance(prompt, str):
-        text = served.loaded.text.mark_prompt(prompt, path=path)
+        text = model.text.mark_prompt(prompt, path=path)
         return tuple(text.ids), text.marks
     if isinstance(prompt, Chat):
         messages = [m.model_dump() for m in prompt.messages]
-        chat = served.loaded.text.mark_chat(messages, path=f"{path}.messages")
+        chat = model.text.mark_chat(messages, path=f"{path}.messages")
         return tuple(chat.ids), chat.marks
-    outside = next((t for t in prompt if t >= served.facts.vocab_size), None)
+    outside = next((t for t in prompt if t >= model.facts.vocab_size), None)
     if outside is not None:
         raise errors.refuse("unknown_token", path, f"token id {outside} is outside the vocabulary")
     return prompt, NO_MARKS
@@ -153,37 +149,12 @@ def named_handles(program: Program) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _handles(program: Program, store: Store, owner: str) -> dict[str, HandleFacts]:
-    """Facts of the handles that exist and belong to the owner; the checker refuses the others."""
+def _handles(program: Program, handles: Handles, tenant: str) -> dict[str, HandleFacts]:
+    """Facts of the handles that exist and belong to the tenant; the checker refuses the others."""
     found = {}
     for handle in named_handles(program):
         try:
-            found[handle] = handle_facts(handle, store, owner)
+            found[handle] = handles.find(tenant, handle).facts()
         except errors.NotFound:
             continue
     return found
-
-
-def handle_facts(handle: str, store: Store, owner: str) -> HandleFacts:
-    """What the checker may know of a handle.
-
-    Raises:
-        NotFound: `handle_not_found`.
-    """
-    if handle.startswith("act_"):
-        reader = store.open(owner, handle)
-        return HandleFacts(
-            handle=handle,
-            kind="activations",
-            fingerprint=reader.info.fingerprint,
-            widths=dict(reader.info.widths),
-            rows_per_prompt=reader.rows_per_prompt(),
-        )
-    artifact = store.open_artifact(owner, handle)
-    return HandleFacts(
-        handle=handle,
-        kind="artifact",
-        fingerprint=artifact.info.fingerprint,
-        widths={site: int(a["direction"].shape[0]) for site, a in artifact.arrays.items()},
-        has_probe=all("weights" in a for a in artifact.arrays.values()),
-    )

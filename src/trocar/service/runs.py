@@ -1,4 +1,4 @@
-"""The run use case: reserve, run in the shared batch, store what is captured, release what leaves."""
+"""The run use case: reserve, run in the shared batch, enter what was captured, release what leaves."""
 
 from __future__ import annotations
 
@@ -7,35 +7,33 @@ from dataclasses import dataclass
 from trocar.gate.gate import Gate, Hold
 from trocar.gate.release import Released
 from trocar.service.jobs import Job, Jobs
-from trocar.service.passes import Passes
-from trocar.service.prepare import Prepared, Served
-from trocar.store import Store
+from trocar.service.steps import Request
+from trocar.service.worker import Model
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """One admitted run; `work` is what its job does."""
 
-    prepared: Prepared
-    served: Served
-    store: Store
+    request: Request
+    model: Model
     gate: Gate
     jobs: Jobs
-    tenant: str
     hold: Hold
 
     def work(self, job: Job) -> Released:
-        passes = Passes(job.id, self.prepared, self.served, self.store, self.jobs, self.tenant)
         try:
-            results = passes.run(job)
-            return self.gate.release(self.hold, passes.answer(results, self.hold.cost.total_bits))
+            ran = self.request.run(self.jobs.watch(job), {})
+            self.gate.handles.add(ran.captured)
+            return self.gate.release(self.hold, lambda press: press.run(ran.step, self.hold.cost))
         except BaseException:
-            self._undo(passes)
+            self._undo()
             raise
 
-    def _undo(self, passes: Passes) -> None:
+    def _undo(self) -> None:
         """Nothing was released: the rows go, the overhead stays charged."""
         try:
             self.gate.cancel(self.hold)
         finally:
-            passes.erase()
+            self.gate.handles.forget(self.request.tenant, self.request.ids)
+            self.model.worker.erase(self.request.tenant, self.request.ids)

@@ -6,30 +6,43 @@ cannot be written. Order in every run: prepare (pure), reserve, run, store, rele
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, get_args
+from typing import Final, Protocol, get_args
 
 from trocar import __version__, errors
 from trocar.gate import release
 from trocar.gate.gate import Gate, Hold
+from trocar.gate.handles import ACTIVATIONS, Handle
 from trocar.gate.keys import Principal
+from trocar.gate.policy import Tier
 from trocar.gate.release import Released
-from trocar.graph.cost import Cost
+from trocar.graph.cost import STORED_BYTES_PER_NUMBER, Cost, Prices
 from trocar.graph.facts import ModelFacts
 from trocar.graph.spec import EDITS, SPEC
-from trocar.service.fits import Fit, fit_cost, fit_digest
+from trocar.service import fits
 from trocar.service.jobs import Claim, Jobs, Kind, Work
-from trocar.service.prepare import Prepared, Served, Vectors, digest, prepare
+from trocar.service.prepare import Prepared, Vectors, digest, prepare
 from trocar.service.runs import Run
 from trocar.service.sessions import Session, prepare_session, session_cost
-from trocar.store import ArtifactInfo, HandleInfo, Store
+from trocar.service.steps import Request
+from trocar.service.worker import Model
+from trocar.wire import about
 from trocar.wire import requests as q
 from trocar.wire import results as r
 
 MAX_WAIT_S: Final = 30.0
-SUMMED: Final = tuple(n for n in r.EngineView.model_fields if n != "most_requests_in_a_forward")
+SUMMED: Final = tuple(n for n in about.EngineView.model_fields if n != "most_requests_in_a_forward")
+
+
+class Room(Protocol):
+    """Something that is looked after and closed."""
+
+    def check(self) -> list[str]: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,30 +60,30 @@ class Service:
     """The use cases of one server.
 
     Args:
-        models: served models by name.
-        store: activations and artifacts.
+        models: served models.
         gate: keys, ledger, release.
+        rooms: what is closed, in this order, when the service closes.
     """
 
-    def __init__(self, models: Sequence[Served], store: Store, gate: Gate) -> None:
+    def __init__(self, models: Sequence[Model], gate: Gate, rooms: Sequence[Room] = ()) -> None:
         self.gate = gate
-        self._models: Mapping[str, Served] = {m.facts.name: m for m in models}
-        self._store = store
+        self._models: Mapping[str, Model] = {m.facts.name: m for m in models}
+        self._rooms = rooms
         self._jobs = Jobs()
-        for served in models:
-            gate.declare(served.facts)
+        for model in models:
+            gate.declare(model.facts)
 
     # ---- public facts ----
 
     def health(self) -> Released:
-        return release.public(r.HealthView(status="ok", version=__version__))
+        return release.public(about.HealthView(status="ok", version=__version__))
 
     def models(self) -> Released:
-        return release.public(r.ModelsView(models=tuple(m.facts for m in self._models.values())))
+        return release.public(about.ModelsView(models=tuple(m.facts for m in self._models.values())))
 
     def capabilities(self) -> Released:
         ops = tuple(
-            r.OpView(
+            about.OpView(
                 op=row.op,
                 group=row.group,
                 doc=row.doc,
@@ -81,46 +94,45 @@ class Service:
             for row in SPEC.values()
         )
         return release.public(
-            r.CapabilitiesView(
+            about.CapabilitiesView(
                 version=__version__,
                 isolation="process",
-                engines={name: m.engine.name for name, m in self._models.items()},
+                engines={name: m.worker.name for name, m in self._models.items()},
                 ops=ops,
                 fits=get_args(q.FitKind),
-                scalar_bits=self.gate.policy.scalar_bits,
+                tiers={tier.value: _tier(self.gate.policy.prices(tier)) for tier in Tier},
                 overhead_bits=self.gate.policy.overhead_bits,
             )
         )
 
     def tokenize(self, _principal: Principal, request: q.TokenizeRequest) -> Released:
-        served = self._served(request.model)
-        ids = tuple(
-            tuple(served.loaded.encode_prompt(t, path=f"texts[{i}]")) for i, t in enumerate(request.texts)
-        )
-        texts = tuple(tuple(served.loaded.token_texts(list(row))) for row in ids)
+        text = self._model(request.model).text
+        ids = tuple(tuple(text.encode_prompt(t, path=f"texts[{i}]")) for i, t in enumerate(request.texts))
+        texts = tuple(tuple(text.token_texts(list(row))) for row in ids)
         return release.public(r.TokensView(ids=ids, texts=texts))
 
     # ---- programs ----
 
     def plan(self, principal: Principal, request: q.RunRequest, vectors: Vectors) -> Released:
         """What the program would do and cost; nothing runs, nothing is spent."""
-        served = self._served(request.model)
-        prepared = self._prepare(principal, request, vectors, served)
-        budget = self.gate.budget(principal, served.facts)
+        model = self._model(request.model)
+        prepared = self._prepare(principal, request, vectors, model)
+        budget = self.gate.budget(principal, model.facts)
         return release.public(_plan(prepared, budget))
 
     def run(
         self, principal: Principal, request: q.RunRequest, vectors: Vectors, idempotency_key: str | None
     ) -> Released:
         """Admits a program and starts its job."""
-        served = self._served(request.model)
-        prepared = self._prepare(principal, request, vectors, served)
+        model = self._model(request.model)
+        prepared = self._prepare(principal, request, vectors, model)
         ask = _Ask("run", prepared.sequences, prepared.cost, prepared.digest, idempotency_key)
 
         def work(hold: Hold) -> Work:
-            return Run(prepared, served, self._store, self.gate, self._jobs, principal.tenant, hold).work
+            ordered = Request.of(hold.reservation.id, principal.tenant, prepared, model)
+            return Run(ordered, model, self.gate, self._jobs, hold).work
 
-        return self._admit(principal, served, ask, work)
+        return self._admit(principal, model, ask, work)
 
     def session(
         self,
@@ -130,37 +142,41 @@ class Service:
         idempotency_key: str | None,
     ) -> Released:
         """Admits programs that run one after another, and starts their job."""
-        served = self._served(request.steps[0].model, "steps[0].model")
-        steps = prepare_session(request, vectors, served, self._store, principal.tenant, self.gate.prices)
+        model = self._model(request.steps[0].model, "steps[0].model")
+        prices = self.gate.prices(principal)
+        steps = prepare_session(request, vectors, model, self.gate.handles, principal.tenant, prices)
         total = sum(step.sequences for step in steps)
         cost = session_cost([step.cost for step in steps])
         ask = _Ask("session", total, cost, digest(request, vectors), idempotency_key)
 
         def work(hold: Hold) -> Work:
-            room = (self._store, self.gate, self._jobs, principal.tenant)
-            return Session(steps, request.keep, served, *room, hold).work
+            name, tenant = hold.reservation.id, principal.tenant
+            requests = tuple(Request.of(f"{name}.{i}", tenant, s, model) for i, s in enumerate(steps))
+            return Session(requests, request.keep, model, self.gate, self._jobs, tenant, hold).work
 
-        return self._admit(principal, served, ask, work)
+        return self._admit(principal, model, ask, work)
 
     def fit(self, principal: Principal, request: q.FitRequest, idempotency_key: str | None) -> Released:
         """Admits a fit on stored rows and starts its job."""
-        reader = self._store.open(principal.tenant, request.handle)
-        served = self._served(reader.info.model)
-        if reader.info.fingerprint != served.facts.fingerprint:
-            reason = f"{request.handle!r} was made on another model than the {served.facts.name!r} of today"
+        of = self.gate.handles.find(principal.tenant, request.handle)
+        if of.kind != ACTIVATIONS:
+            raise errors.refuse("wrong_handle", "handle", f"{request.handle!r} holds a fit, not rows")
+        model = self._model(of.model)
+        if of.fingerprint != model.facts.fingerprint:
+            reason = f"{request.handle!r} was made on another model than the {model.facts.name!r} of today"
             raise errors.refuse("wrong_handle", "handle", reason)
-        cost = fit_cost(reader, request, self.gate.prices)
-        ask = _Ask("fit", len(reader.info.widths), cost, fit_digest(request), idempotency_key)
+        prices, target = self.gate.prices(principal), None
+        if request.target is not None:
+            target = self.gate.handles.find(principal.tenant, request.target)
+        asked = fits.ask(request, of, target, prices.rules)
+        ask = _Ask("fit", len(of.shapes), asked.cost(prices), fits.fit_digest(request), idempotency_key)
 
         def work(hold: Hold) -> Work:
-            room = (self._store, self.gate, self._jobs, principal.tenant)
-            return Fit(request, reader, served, *room, hold).work
+            return fits.Fit(asked, model, self.gate, self._jobs, hold).work
 
-        return self._admit(principal, served, ask, work)
+        return self._admit(principal, model, ask, work)
 
-    def _admit(
-        self, principal: Principal, served: Served, ask: _Ask, work: Callable[[Hold], Work]
-    ) -> Released:
+    def _admit(self, principal: Principal, model: Model, ask: _Ask, work: Callable[[Hold], Work]) -> Released:
         """Reserves and starts a job, or finds the job or the answer of the same request."""
         key = ask.idempotency_key
         claim = None if key is None else Claim(principal.key_id, key, ask.digest)
@@ -168,11 +184,12 @@ class Service:
         if running is not None:
             return release.public(running, 202)
         self._jobs.require_room(principal.tenant)
-        hold = self.gate.reserve(principal, served.facts, ask.cost, ask.digest, key)
+        hold = self.gate.reserve(principal, model.facts, model.text, ask.cost, ask.digest, key)
         if isinstance(hold, Released):
             return release.public(self._jobs.finished(principal.tenant, ask.kind, ask.total, hold))
         try:
-            view = self._jobs.start(principal.tenant, ask.kind, ask.total, work(hold), claim)
+            tick_ms = self.gate.policy.terms(principal.tier).tick_ms
+            view = self._jobs.start(principal.tenant, ask.kind, ask.total, work(hold), claim, tick_ms)
         except errors.TrocarError:
             self.gate.cancel(hold)
             raise
@@ -199,19 +216,17 @@ class Service:
 
     def handles(self, principal: Principal) -> Released:
         """The caller's activations and artifacts."""
-        found = [_activations(i) for i in self._store.list(principal.tenant)]
-        found += [_artifact(i) for i in self._store.list_artifacts(principal.tenant)]
-        return release.public(
-            r.HandlesView(handles=tuple(found), stored_bytes=self._store.usage(principal.tenant))
-        )
+        found = tuple(_view(handle) for handle in self.gate.handles.list(principal.tenant))
+        return release.public(r.HandlesView(handles=found, stored_bytes=sum(view.bytes for view in found)))
 
     def handle(self, principal: Principal, handle: str) -> Released:
-        if handle.startswith("art_"):
-            return release.public(_artifact(self._store.open_artifact(principal.tenant, handle).info))
-        return release.public(_activations(self._store.open(principal.tenant, handle).info))
+        return release.public(_view(self.gate.handles.find(principal.tenant, handle)))
 
     def erase(self, principal: Principal, handle: str) -> Released:
-        self._store.delete(principal.tenant, handle)
+        held = self.gate.handles.find(principal.tenant, handle)
+        self.gate.handles.delete(principal.tenant, handle)
+        if held.model in self._models:
+            self._models[held.model].worker.erase(principal.tenant, (handle,))
         return release.public(r.ErasedView(handle=handle, erased=True))
 
     def account(self, principal: Principal) -> Released:
@@ -223,9 +238,9 @@ class Service:
     def engine(self, principal: Principal) -> Released:
         """Batch counters over all models."""
         self.gate.require_operator(principal)
-        stats = [m.engine.stats() for m in self._models.values()]
+        stats = [m.worker.stats() for m in self._models.values()]
         return release.public(
-            r.EngineView(
+            about.EngineView(
                 most_requests_in_a_forward=max((s.most_requests for s in stats), default=0),
                 **{name: sum(getattr(s, name) for s in stats) for name in SUMMED},
             )
@@ -233,27 +248,36 @@ class Service:
 
     def check(self) -> list[str]:
         """Broken invariants of every room; empty when all is well."""
-        engines = [problem for m in self._models.values() for problem in m.engine.check()]
-        return engines + self._jobs.check() + self._store.check() + self.gate.ledger.check()
+        workers = [problem for m in self._models.values() for problem in m.worker.check()]
+        rooms = [problem for room in self._rooms for problem in room.check()]
+        return workers + self._jobs.check() + rooms + self.gate.ledger.check()
+
+    def halt(self) -> None:
+        """Stops the engines, so that what waits for them fails now; everything else stays open."""
+        for model in self._models.values():
+            model.worker.halt()
 
     def close(self) -> None:
-        """Stops engines and jobs, then closes store and ledger."""
-        for served in self._models.values():
-            served.engine.close()
+        """Stops engines and jobs, then closes stores and ledger."""
+        self.halt()
         self._jobs.close()
-        self._store.close()
+        for model in self._models.values():
+            model.worker.close()
+        for room in self._rooms:
+            room.close()
         self.gate.close()
 
-    def _served(self, name: str, path: str = "model") -> Served:
+    def _model(self, name: str, path: str = "model") -> Model:
         if name not in self._models:
             near = errors.closest(name, self._models)
             raise errors.refuse("unknown_model", path, f"this server does not serve {name!r}", closest=near)
         return self._models[name]
 
     def _prepare(
-        self, principal: Principal, request: q.RunRequest, vectors: Vectors, served: Served
+        self, principal: Principal, request: q.RunRequest, vectors: Vectors, model: Model
     ) -> Prepared:
-        return prepare(request, vectors, served, self._store, principal.tenant, self.gate.prices)
+        prices = self.gate.prices(principal)
+        return prepare(request, vectors, model, self.gate.handles, principal.tenant, prices)
 
     @property
     def facts(self) -> Mapping[str, ModelFacts]:
@@ -286,34 +310,31 @@ def _plan(prepared: Prepared, budget: r.BudgetView) -> r.PlanView:
     )
 
 
-def _activations(info: HandleInfo) -> r.HandleView:
-    return r.HandleView(
-        handle=info.id,
-        kind="activations",
-        model=info.model,
-        fingerprint=info.fingerprint,
-        sites=tuple(info.widths),
-        widths=dict(info.widths),
-        rows=info.n_rows,
-        bytes=info.size_bytes,
-        dtype=info.dtype,
-        created=_when(info.created_s),
+def _tier(prices: Prices) -> about.TierView:
+    return about.TierView(
+        scalar_bits=prices.scalar_bits, vector_bits=prices.vector_bits, raw=prices.rules.raw
     )
 
 
-def _artifact(info: ArtifactInfo) -> r.HandleView:
+def _view(handle: Handle) -> r.HandleView:
     return r.HandleView(
-        handle=info.id,
-        kind="artifact",
-        model=str(info.info["model"]),
-        fingerprint=info.fingerprint,
-        sites=tuple(info.shapes),
-        widths={site: shapes["direction"][0] for site, shapes in info.shapes.items()},
-        rows=1,
-        bytes=info.size_bytes,
+        handle=handle.id,
+        kind="activations" if handle.kind == ACTIVATIONS else "artifact",
+        model=handle.model,
+        fingerprint=handle.fingerprint,
+        sites=tuple(handle.shapes),
+        widths=handle.widths,
+        rows=handle.rows if handle.kind == ACTIVATIONS else 1,
+        bytes=_bytes(handle),
         dtype="float32",
-        created=_when(info.created_s),
+        created=_when(handle.created_ms / 1000),
     )
+
+
+def _bytes(handle: Handle) -> int:
+    """Of the numbers alone: files also hold tokens, whose sizes nobody was charged for."""
+    each = sum(math.prod(shape) for arrays in handle.shapes.values() for shape in arrays.values())
+    return each * STORED_BYTES_PER_NUMBER * (handle.rows if handle.kind == ACTIVATIONS else 1)
 
 
 def _when(created_s: float) -> str:

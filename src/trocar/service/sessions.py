@@ -14,17 +14,18 @@ from typing import Final
 
 from trocar import errors
 from trocar.engine.protocol import F32
+from trocar.gate import release
 from trocar.gate.gate import Gate, Hold
+from trocar.gate.handles import Handles
 from trocar.gate.release import Released
 from trocar.graph import check, ops
 from trocar.graph.cost import Cost, Prices
 from trocar.graph.facts import HandleFacts
 from trocar.graph.program import Node
 from trocar.service.jobs import Job, Jobs
-from trocar.service.passes import Passes
-from trocar.service.prepare import Prepared, Served, Vectors, prepare
-from trocar.store import Store
-from trocar.wire import results as r
+from trocar.service.prepare import Prepared, Vectors, prepare
+from trocar.service.steps import Request
+from trocar.service.worker import Model
 from trocar.wire.requests import RunRequest, SessionRequest
 
 _STEP: Final = re.compile(r"step([0-9]{1,2})\.(.+)")
@@ -34,7 +35,7 @@ _STEP: Final = re.compile(r"step([0-9]{1,2})\.(.+)")
 
 
 def prepare_session(
-    request: SessionRequest, vectors: Vectors, served: Served, store: Store, owner: str, prices: Prices
+    request: SessionRequest, vectors: Vectors, model: Model, handles: Handles, tenant: str, prices: Prices
 ) -> tuple[Prepared, ...]:
     """Checks and prices every step, in order, up to the first that is refused.
 
@@ -46,12 +47,12 @@ def prepare_session(
     promised: dict[str, HandleFacts] = {}
     for i, step in enumerate(request.steps):
         try:
-            _require_model(step, served)
+            _require_model(step, model)
             _require_names(step, i, steps, promised)
-            steps.append(prepare(step, mine[i], served, store, owner, prices, promised))
+            steps.append(prepare(step, mine[i], model, handles, tenant, prices, promised))
         except errors.TrocarError as e:
             raise type(e)([_within(i, refusal) for refusal in e.refusals]) from None
-        promised |= dict(_promises(i, steps[i], served))
+        promised |= dict(_promises(i, steps[i], model))
     return tuple(steps)
 
 
@@ -74,10 +75,10 @@ def _vectors(request: SessionRequest, vectors: Vectors) -> list[dict[str, F32]]:
     return found
 
 
-def _require_model(step: RunRequest, served: Served) -> None:
-    if step.model != served.facts.name:
+def _require_model(step: RunRequest, model: Model) -> None:
+    if step.model != model.facts.name:
         raise errors.refuse(
-            "bad_value", "model", f"{step.model!r} is not the model of the first step, {served.facts.name!r}",
+            "bad_value", "model", f"{step.model!r} is not the model of the first step, {model.facts.name!r}",
             next_step="Use one model in a session; hand values of another on as handles.",
         )  # fmt: skip
 
@@ -128,7 +129,7 @@ def _absent(step: int, name: str, here: int, before: Sequence[Prepared], path: s
     )  # fmt: skip
 
 
-def _promises(index: int, step: Prepared, served: Served) -> Iterator[tuple[str, HandleFacts]]:
+def _promises(index: int, step: Prepared, model: Model) -> Iterator[tuple[str, HandleFacts]]:
     """Facts of what a step will have captured, where they are known."""
     if step.request.sweep:
         return
@@ -145,7 +146,7 @@ def _promises(index: int, step: Prepared, served: Served) -> Iterator[tuple[str,
             HandleFacts(
                 handle=f"step{index}.{node.id}",
                 kind="activations",
-                fingerprint=served.facts.fingerprint,
+                fingerprint=model.facts.fingerprint,
                 widths={str(v.sites[0]): v.width for v in values},
                 rows_per_prompt=counts if node.reduce == "none" else (1,) * len(counts),
             ),
@@ -175,56 +176,45 @@ def session_cost(steps: Sequence[Cost]) -> Cost:
 class Session:
     """One admitted session; `work` is what its job does."""
 
-    steps: tuple[Prepared, ...]
+    requests: tuple[Request, ...]
     keep: bool
-    served: Served
-    store: Store
+    model: Model
     gate: Gate
     jobs: Jobs
     tenant: str
     hold: Hold
 
     def work(self, job: Job) -> Released:
-        passes: list[Passes] = []
         try:
-            results = self._run(job, passes)
+            steps = self._run(job)
             if not self.keep:  # before the release: what follows it cannot be undone
-                self._erase(passes)
-            return self.gate.release(self.hold, r.SessionResult(steps=results))
+                self._erase()
+            cost, keep = self.hold.cost, self.keep
+            return self.gate.release(self.hold, lambda press: press.session(steps, cost, keep=keep))
         except BaseException:
-            self._undo(passes)
+            self._undo()
             raise
 
-    def _run(self, job: Job, passes: list[Passes]) -> tuple[r.RunResult, ...]:
+    def _run(self, job: Job) -> list[release.Step]:
         made: dict[str, str] = {}
-        results, before = [], 0
-        for i, step in enumerate(self.steps):
-            room = (self.served, self.store, self.jobs, self.tenant)
-            passes.append(Passes(f"{job.id}.{i}", step, *room))
-            done = passes[i].run(job, made, before)
-            results.append(self._answer(passes[i].answer(done, step.cost.total_bits)))
-            made |= {f"step{i}.{name}": w.id for name, w in passes[i].writers[0].items()}
-            before += step.sequences
-        return tuple(results)
+        steps, before = list[release.Step](), 0
+        for i, request in enumerate(self.requests):
+            ran = request.run(self.jobs.watch(job, before), made, begun=before > 0)
+            if self.keep:
+                self.gate.handles.add(ran.captured)
+            steps.append(ran.step)
+            made |= {f"step{i}.{name}": handle for name, handle in request.handles[0].items()}
+            before += request.prepared.sequences
+        return steps
 
-    def _answer(self, result: r.RunResult) -> r.RunResult:
-        """The result without handles that will not be there."""
-        if self.keep:
-            return result
-        variants = tuple(v.model_copy(update={"outputs": _left(v.outputs)}) for v in result.sweep)
-        return result.model_copy(update={"outputs": _left(result.outputs), "sweep": variants})
-
-    def _undo(self, passes: list[Passes]) -> None:
+    def _undo(self) -> None:
         """Nothing was released: the rows go, the overhead stays charged."""
         try:
             self.gate.cancel(self.hold)
         finally:
-            self._erase(passes)
+            self._erase()
 
-    def _erase(self, passes: list[Passes]) -> None:
-        for one in passes:
-            one.erase()
-
-
-def _left(outputs: Mapping[str, r.Output]) -> dict[str, r.Output]:
-    return {name: o for name, o in outputs.items() if not isinstance(o, r.CaptureOutput)}
+    def _erase(self) -> None:
+        made = tuple(handle for request in self.requests for handle in request.ids)
+        self.gate.handles.forget(self.tenant, made)
+        self.model.worker.erase(self.tenant, made)

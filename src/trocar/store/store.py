@@ -74,11 +74,13 @@ class Store:
         widths: Mapping[str, int],
         program_hash: str,
         *,
+        handle: HandleId | None = None,
         ttl_s: float | None = None,
     ) -> Writer:
         """Starts a handle and returns its writer.
 
         Args:
+            handle: its id, from `ids.new_handle`; a new one when None.
             widths: width of a row by canonical site, for example {"resid_post.12": 576}.
             ttl_s: seconds from now after which the handle is gone, open or not; None to keep it.
 
@@ -94,7 +96,7 @@ class Store:
         self.sweep()
         now_s = self._clock()
         entry = Entry(
-            id=ids.new_handle(),
+            id=handle or ids.new_handle(),
             owner=owner,
             kind=ACTIVATIONS,
             fingerprint=fingerprint,
@@ -144,6 +146,7 @@ class Store:
         arrays: Arrays,
         info: Any,
         *,
+        artifact: ArtifactId | None = None,
         ttl_s: float | None = None,
     ) -> ArtifactId:
         """Stores the result of a fit.
@@ -152,6 +155,7 @@ class Store:
             kind: what made it; any word but "activations".
             arrays: float32, float64 or int64 arrays by site and name.
             info: JSON values (finite numbers) to give back with it.
+            artifact: its id, from `ids.new_artifact`; a new one when None.
 
         Raises:
             ProgramError: `unknown_site` or `bad_value`.
@@ -160,7 +164,7 @@ class Store:
         if kind == ACTIVATIONS:
             raise errors.refuse("bad_value", "kind", f"{kind!r} is what handles are, not artifacts")
         self.sweep()
-        name, now_s = ids.new_artifact(), self._clock()
+        name, now_s = artifact or ids.new_artifact(), self._clock()
         entry = Entry(
             id=name,
             owner=owner,

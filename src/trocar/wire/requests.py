@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trocar.graph.ops import HandleText
 from trocar.graph.program import Generation, Program
 from trocar.graph.sweep import Axis
+from trocar.graph.words import HandleText, SiteText
 from trocar.strict import Strict
 
 MAX_TEXT = 200_000
@@ -34,7 +34,8 @@ Prompt = Annotated[str, Field(max_length=MAX_TEXT)] | TokenIds | Chat
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Label = bool | int | Annotated[float, Field(ge=-1e9, le=1e9)]
 Group = int | Annotated[str, Field(max_length=200)]
-FitKind = Literal["logistic", "mean_diff", "ridge"]
+FitKind = Literal["logistic", "mean_diff", "ridge", "linear_map"]
+Labels = Annotated[tuple[Label, ...], Field(min_length=1, max_length=1_000_000, fail_fast=True)]
 MaskName = Annotated[str, Field(min_length=1, max_length=200)]
 Mask = Annotated[tuple[bool, ...], Field(max_length=65_536, fail_fast=True)]
 Masks = Annotated[
@@ -82,8 +83,10 @@ class FitRequest(Strict):
 
     Attributes:
         handle: activations to fit on; every captured site is fitted.
-        kind: `logistic`, `mean_diff` or `ridge`.
+        kind: `logistic`, `mean_diff` or `ridge`, to labels; `linear_map`, to the rows of another handle.
         labels: one per prompt, in prompt order (per row when each prompt has one row, the usual case).
+        target: of a linear map, the handle whose rows are fitted to, as many as `handle` has.
+        target_site: which of its sites.
         groups: rows of one group never stand on both sides of the split, one per prompt.
         test_fraction: part of the prompts held out.
         l2: strength of the penalty; None for the fit's default.
@@ -91,7 +94,9 @@ class FitRequest(Strict):
 
     handle: HandleText
     kind: FitKind
-    labels: Annotated[tuple[Label, ...], Field(min_length=1, max_length=1_000_000, fail_fast=True)]
+    labels: Labels | None = None
+    target: HandleText | None = None
+    target_site: SiteText | None = None
     groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=1_000_000, fail_fast=True)] | None = (
         None
     )

@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from trocar.graph.cost import Cost
-from trocar.graph.facts import ModelFacts
 from trocar.strict import Strict
 
 JobState = Literal["QUEUED", "RUNNING", "RELEASING", "COMPLETED", "FAILED", "CANCELLED"]
@@ -115,31 +114,6 @@ class HandlesView(Public):
     stored_bytes: int
 
 
-class ModelsView(Public):
-    models: tuple[ModelFacts, ...]
-
-
-class OpView(Strict):
-    op: str
-    group: str
-    doc: str
-    gives: str
-    leaves_as: str
-    fields: tuple[str, ...]
-
-
-class CapabilitiesView(Public):
-    """What this server can do, from the op table and the models it loaded."""
-
-    version: str
-    isolation: Literal["process", "host"]
-    engines: dict[str, str]
-    ops: tuple[OpView, ...]
-    fits: tuple[str, ...]
-    scalar_bits: int
-    overhead_bits: int
-
-
 class TokensView(Public):
     """Token ids and their texts; a tokenizer is public."""
 
@@ -161,35 +135,6 @@ class LedgerView(Public):
     budgets: dict[str, BudgetView]
     entries: tuple[LedgerEntryView, ...]
     head: str
-
-
-class EngineView(Public):
-    """Counters for operators, over all models: how full the steps were, and what was saved or done twice.
-
-    Attributes:
-        chunks: passes over a part of a prompt.
-        preemptions: sequences that gave their place back and were computed again.
-        prefix_hit_tokens: prompt tokens that came from the prefix cache.
-        shared_rows: rows that variants of a sweep did not compute a second time.
-        kv_bytes: keys and values held now.
-    """
-
-    forwards: int
-    sequences: int
-    tokens: int
-    most_requests_in_a_forward: int
-    live_requests: int
-    live_sequences: int
-    chunks: int
-    preemptions: int
-    prefix_hit_tokens: int
-    shared_rows: int
-    kv_bytes: int
-
-
-class HealthView(Public):
-    status: Literal["ok"]
-    version: str
 
 
 class ErasedView(Public):
@@ -252,6 +197,31 @@ class PatternOutput(Strict):
     probs: tuple[tuple[tuple[float, ...], ...], ...]
 
 
+class RawRows(Strict):
+    """Rows of one value.
+
+    Attributes:
+        data: base64 of whole numbers of `bits` bits, row after row, or of little-endian float32 at 32 bits
+            (`wire.packing`).
+        scales: of each row; empty at 32 bits.
+    """
+
+    site: str
+    width: int
+    data: str
+    scales: tuple[float, ...]
+
+
+class RawOutput(Strict):
+    """Rows as they are, of each value by its id."""
+
+    kind: Literal["raw"] = "raw"
+    prompts: tuple[int, ...]
+    positions: tuple[int, ...]
+    bits: int
+    values: dict[str, RawRows]
+
+
 class TextOutput(Strict):
     """Generated text and token ids per prompt; `finished` says whether an end token came."""
 
@@ -298,6 +268,7 @@ Output = Annotated[
     | ScoreOutput
     | MetricOutput
     | PatternOutput
+    | RawOutput
     | TextOutput
     | CaptureOutput
     | FitOutput,
@@ -322,6 +293,23 @@ class EditReceipt(Strict):
     norm_after: float
 
 
+class Precision(Strict):
+    """How numbers left.
+
+    Attributes:
+        scalar_bits: of a number; 32 is a float32, less are steps of the largest number of its output.
+        vector_bits: of a number of a raw row.
+        logprob_step: distance of neighbouring log-probabilities in nats; 0 when they are not rounded.
+        logprob_floor: the lowest log-probability that is told apart: it stands for everything below; None when
+            they are not rounded.
+    """
+
+    scalar_bits: int
+    vector_bits: int
+    logprob_step: float
+    logprob_floor: float | None
+
+
 class Receipt(Strict):
     """What ran: enough to cite and to repeat."""
 
@@ -335,6 +323,7 @@ class Receipt(Strict):
     edits: tuple[EditReceipt, ...]
     released_bits: dict[str, int]
     reserved_bits: int
+    precision: Precision
 
 
 class VariantResult(Strict):

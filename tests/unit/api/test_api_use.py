@@ -76,13 +76,15 @@ def test_a_text_that_stops_early_costs_less_than_its_plan(server: Any, bob: Call
         "text"
     ]["ids"][0][0]
     engine = server.engines["tiny"]
-    was = engine._body
+    was, models = engine._body, server.service._models
+    model = models["tiny"]
     engine._body = replace(was, eos=frozenset({first}))
+    models["tiny"] = replace(model, facts=model.facts.model_copy(update={"eos": (first,)}))
     try:
         plan = bob.post("/v1/plan", body).json["cost"]["total_bits"]
         heard = bob.run(body)
     finally:
-        engine._body = was
+        engine._body, models["tiny"] = was, model
     text = heard.json["outputs"]["text"]
     assert (text["finished"], text["ids"], text["texts"]) == ([True], [[]], [""])
     assert int(heard.headers["x-trocar-bits"]) == OVERHEAD + 9
@@ -340,7 +342,7 @@ def test_a_key_that_is_revoked_while_its_job_runs_gets_nothing(server: Any) -> N
         "admitted",
         "cancelled",
     ]
-    assert server.service._store.list("mallory") == []
+    assert server.store.list("mallory") == []
 
 
 def test_many_waiters_do_not_keep_others_from_asking(server: Any, bob: Caller, nobody: Caller) -> None:

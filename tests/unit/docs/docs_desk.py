@@ -17,7 +17,7 @@ from trocar.engine.hf.engine import HFEngine
 from trocar.gate.gate import Gate
 from trocar.gate.policy import Role, Tier
 from trocar.models.load import Loaded
-from trocar.service.prepare import Served
+from trocar.service.compose import local_service
 from trocar.service.service import Service
 from trocar.store import Store
 
@@ -47,7 +47,7 @@ def desk(folder: Path, loaded: Loaded) -> Iterator[Desk]:
             ("agent", Tier.agent, Role.researcher),
         )
     ]
-    service = Service([Served(loaded, HFEngine(loaded))], Store(folder / "store"), gate)
+    service = local_service([(loaded, HFEngine(loaded))], Store(folder / "store"), gate)
     with _serve(service) as url:
         yield Desk(url, keys[0], keys[1], keys[2], service)
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from trocar import errors
 from trocar.gate import release
 from trocar.graph.cost import Cost
+from trocar.wire import about
 from trocar.wire import results as r
 
 TOKEN_BITS = 9
@@ -261,7 +262,7 @@ def test_nobody_else_makes_released_values(seal: object) -> None:
 
 
 def test_a_released_value_cannot_be_changed() -> None:
-    out = release.public(r.HealthView(status="ok", version="1"), 202)
+    out = release.public(about.HealthView(status="ok", version="1"), 202)
     for name, value in (("payload", b"weights"), ("status", 500), ("charge", CHARGE), ("more", 1)):
         with pytest.raises(TypeError, match="cannot be changed"):
             setattr(out, name, value)

@@ -17,7 +17,7 @@ from trocar.graph.program import Generation, Program
 from trocar.graph.scope import Scope
 from trocar.graph.spec import SPEC, field_names
 
-PRICES = Prices(scalar_bits=24, overhead_bits=256)
+PRICES = Prices(scalar_bits=32, overhead_bits=256)
 TOKEN_BITS = 9  # 300 tokens
 ACTS, SPARSE, FEW, FOREIGN, ABSENT, MANY, FINAL = (f"act_{c * 32}" for c in "abcdef0")
 SESSION = "step0.kept"

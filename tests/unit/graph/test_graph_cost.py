@@ -27,7 +27,7 @@ def bits(case: Case, *nodes: dict[str, object]) -> dict[str, int]:
 def test_lens_counts_ids_and_numbers_of_every_row_of_every_value() -> None:
     nodes = [read(at="prompt[*]"), read("s", site="final_norm", at="prompt[*]")]
     found = bits(CASE, *nodes, node("lens", of=["r", "s"], top_k=3))
-    assert found == {"overhead": 256, "x": 2 * (5 + 7) * 3 * (TOKEN_BITS + 24)}
+    assert found == {"overhead": 256, "x": 2 * (5 + 7) * 3 * (TOKEN_BITS + 32)}
 
 
 def test_text_counts_an_end_mark_and_needs_no_other_length() -> None:
@@ -42,7 +42,7 @@ def test_generated_rows_tell_a_length_per_prompt_once() -> None:
         node("capture", "c", of=["r"]),
     ]
     found = bits(CASE.having(new=6), V, *nodes)
-    assert found == {"overhead": 256, "lengths": 2 * 3, "s": 2 * 6 * 24, "c": 0}  # 0 to 6 tokens: 3 bits
+    assert found == {"overhead": 256, "lengths": 2 * 3, "s": 2 * 6 * 32, "c": 0}  # 0 to 6 tokens: 3 bits
     checked = CASE.having(new=6).check(V, *nodes)
     assert checked.reads_gen
     assert checked.cost.bytes_stored == 12 * 8 * 4 + 12 * 32
@@ -53,22 +53,22 @@ def test_generated_rows_tell_a_length_per_prompt_once() -> None:
 
 def test_logprobs_at_all() -> None:
     found = bits(CASE.having(new=6), node("logprobs", at="all", tokens=["a", "b"]))
-    assert found == {"overhead": 256, "lengths": 6, "x": (12 + 12) * 2 * 24}
+    assert found == {"overhead": 256, "lengths": 6, "x": (12 + 12) * 2 * 32}
 
 
 def test_receipts_count_two_norms_and_the_rows_over_all_prompts() -> None:
     edit = node("edit.scale", "e", site="resid_post.1", by=2.0)
-    assert bits(CASE, edit, LOGPROBS)["receipts"] == 2 * 24
+    assert bits(CASE, edit, LOGPROBS)["receipts"] == 2 * 32
     found = bits(CASE.having(new=6), edit, node("edit.set", "f", site="v.1", value="zero"), LOGPROBS)
-    assert found["receipts"] == 2 * (2 * 24 + 4)  # 0 to 12 rows: 4 bits
+    assert found["receipts"] == 2 * (2 * 32 + 4)  # 0 to 12 rows: 4 bits
     assert "lengths" not in found
 
 
 def test_scores_of_stored_rows_and_of_a_probe() -> None:
     stored = node("stored", "r", handle=ACTS, site="resid_post.1")
-    assert bits(CASE, stored, V, node("dot", "d", a="v", b="r"), node("score", of="d"))["x"] == 2 * 24
+    assert bits(CASE, stored, V, node("dot", "d", a="v", b="r"), node("score", of="d"))["x"] == 2 * 32
     found = bits(CASE, read(at="prompt[0:3]"), node("score", of="r", probe=PROBE, site="resid_post.1"))
-    assert found["x"] == 6 * 24
+    assert found["x"] == 6 * 32
 
 
 def test_flops_count_what_goes_through_the_head() -> None:
@@ -211,7 +211,7 @@ def test_a_row_is_complete(row: spec.OpSpec) -> None:
 
 def test_groups() -> None:
     assert len(spec.EDITS) == 8
-    assert {"capture", "lens", "logprobs", "score", "metric", "pattern", "text"} == spec.OUTPUTS
+    assert {"capture", "lens", "logprobs", "score", "metric", "pattern", "raw", "text"} == spec.OUTPUTS
     assert {"stop_after"} == spec.CONTROLS
     assert {r.op for r in spec.SPEC.values() if r.lane == "A*"} == {"edit.knockout", "pattern"}
 

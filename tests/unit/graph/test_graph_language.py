@@ -342,7 +342,7 @@ def test_knockouts_cut_something_and_leave_something(at: str, keys: str, new: in
 
 def test_a_knockout_of_heads_has_a_receipt() -> None:
     checked = CASE.check(knockout(heads=[1]), LOGPROBS)
-    assert checked.cost.bits_out["receipts"] == 2 * 24
+    assert checked.cost.bits_out["receipts"] == 2 * 32
     assert checked.columns == {}
 
 
@@ -354,7 +354,7 @@ def test_metrics_are_one_number_per_prompt() -> None:
         {"metric": "logit_diff", "tokens": ["a", 5]},
         {"metric": "cross_entropy", "at": "prompt[:-1]"},
     ):
-        assert CASE.check(node("metric", **fields)).cost.bits_out["x"] == 2 * 24
+        assert CASE.check(node("metric", **fields)).cost.bits_out["x"] == 2 * 32
     checked = CASE.check(node("metric", metric="logit_diff", tokens=[["a", 5], [6, "b"]], at="prompt[*]"))
     assert checked.token_ids["x"] == ((97, 5), (6, 98))
 
@@ -369,7 +369,7 @@ def test_kl_sends_both_sides_through_the_head() -> None:
 
 def test_a_pattern_counts_rows_heads_and_keys() -> None:
     probs = heads(site="attn_probs.1", at="prompt[*]", keys=KEYS)
-    assert CASE.check(probs, node("pattern", of="h")).cost.bits_out["x"] == (5 + 7) * 2 * 2 * 24
+    assert CASE.check(probs, node("pattern", of="h")).cost.bits_out["x"] == (5 + 7) * 2 * 2 * 32
     row = node("mean", "m", of="h", over="width")
     CASE.check(probs, row, node("score", of="m"))
 
@@ -378,7 +378,7 @@ def test_a_mask_is_a_bit_a_row() -> None:
     nodes = [READ, V, D, node("gt", "g", a="d", b=0)]
     assert CASE.check(*nodes, node("score", of="g")).cost.bits_out["x"] == 4
     mean = [READ, MEAN, node("norm", "q", of="p")]
-    assert CASE.check(*mean, node("score", of="q")).cost.bits_out["x"] == 2 * 24
+    assert CASE.check(*mean, node("score", of="q")).cost.bits_out["x"] == 2 * 32
     assert CASE.check(*mean, node("gt", "g", a="q", b=0), node("score", of="g")).cost.bits_out["x"] == 2
 
 

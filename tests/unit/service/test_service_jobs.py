@@ -14,6 +14,7 @@ from trocar.errors import NotFound, Overloaded, RunFailed, ServerFault
 from trocar.gate import release
 from trocar.service import jobs as room
 from trocar.service.jobs import Job, Jobs
+from trocar.wire import about
 from trocar.wire import results as r
 
 WAIT_S = 10.0
@@ -28,7 +29,7 @@ def jobs() -> Iterator[Jobs]:
 
 
 def answer() -> Any:
-    return release.public(r.HealthView(status="ok", version="x"))
+    return release.public(about.HealthView(status="ok", version="x"))
 
 
 def test_a_job_is_done(jobs: Jobs) -> None:
@@ -179,3 +180,28 @@ def test_closing_runs_what_waits_so_that_it_can_give_back(jobs: Jobs) -> None:
     assert {jobs.view("a", v.job).state for v in views} <= {"CANCELLED", "COMPLETED"}
     with pytest.raises(ServerFault):
         jobs.start("a", "run", 1, work)
+
+
+def test_a_job_with_a_tick_ends_on_it_and_tells_nothing_before(jobs: Jobs) -> None:
+    seen: list[Any] = []
+    go = threading.Event()
+
+    def work(job: Any) -> Any:
+        jobs.progress(job, 2)
+        seen.append(jobs.view("lab", job.id))
+        go.wait(WAIT_S)
+        return answer()
+
+    started = time.monotonic()
+    view = jobs.start("lab", "run", 3, work, tick_ms=200)
+    assert (view.state, view.done, view.ahead) == ("RUNNING", 0, 0)
+    time.sleep(0.25)
+    go.set()
+    while not isinstance(found := jobs.wait("lab", view.job, WAIT_S), release.Released):
+        assert (found.state, found.done) == ("RUNNING", 0)
+    took = time.monotonic() - started
+    assert took >= 0.4
+    assert (seen[0].state, seen[0].done, seen[0].elapsed_s) == ("RUNNING", 0, 0.0)
+    ended = jobs.view("lab", view.job)
+    assert (ended.state, ended.done, ended.total) == ("COMPLETED", 3, 3)
+    assert ended.elapsed_s == pytest.approx(0.4)

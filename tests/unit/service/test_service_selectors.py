@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from trocar import errors, strict
+from trocar.gate.database import Database
+from trocar.gate.handles import Handles
 from trocar.graph.cost import Prices
-from trocar.service.prepare import Prepared, Served, prepare
-from trocar.store import Store
+from trocar.service.prepare import Prepared, prepare
 from trocar.wire.requests import RunRequest
 
 CHAT = {
@@ -25,17 +25,16 @@ CHAT = {
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made = Store(tmp_path_factory.mktemp("store"))
-    yield made
-    made.close()
+    database = Database(f"sqlite:///{tmp_path_factory.mktemp('handles') / 'ledger.db'}")
+    yield Handles(database)
+    database.close()
 
 
 def prepared(tiny: Any, store: Any, at: str, prompts: list[Any], **fields: Any) -> Prepared:
     nodes = [{"op": "logprobs", "id": "out", "at": at, "tokens": [1]}]
     body = {"model": "tiny", "prompts": prompts, "program": {"nodes": nodes}, **fields}
     request = strict.parse(RunRequest, json.dumps(body).encode())
-    served = Served(tiny, SimpleNamespace(facts=tiny.facts))  # type: ignore[arg-type]
-    return prepare(request, {}, served, store, "a", Prices(24, 256))
+    return prepare(request, {}, tiny, store, "a", Prices(32, 256))
 
 
 def selected(tiny: Any, store: Any, at: str, prompts: list[Any], **fields: Any) -> list[str]:

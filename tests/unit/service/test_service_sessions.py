@@ -16,7 +16,6 @@ from trocar.errors import TrocarError
 from trocar.graph import ops
 from trocar.graph.program import Generation, Program
 from trocar.graph.sweep import Axis
-from trocar.service import sessions
 from trocar.service.passes import Passes
 from trocar.wire.requests import RunRequest, SessionRequest
 
@@ -95,7 +94,7 @@ def test_a_prompt_patched_with_its_own_rows_is_unchanged(fresh: Any) -> None:
     clean, patched = run(fresh, step(*CLEAN), step(*PATCHED))
     assert np.abs(logprobs(clean) - logprobs(patched)).max() < 1e-4
     assert patched["receipt"]["edits"][0]["rows"] == 2
-    assert fresh.service._store.list("alice") == []
+    assert fresh.store.list("alice") == []
     assert held(fresh) == 0
 
 
@@ -115,9 +114,9 @@ def test_rows_of_one_prompt_change_another(fresh: Any) -> None:
 def test_captures_are_kept_or_gone(fresh: Any) -> None:
     (gone,) = run(fresh, step(*CLEAN))
     assert set(gone["outputs"]) == {"lp"}
-    assert fresh.service._store.list("alice") == []
+    assert fresh.store.list("alice") == []
     (kept,) = run(fresh, step(*CLEAN), keep=True)
-    assert kept["outputs"]["kept"]["handle"] in {i.id for i in fresh.service._store.list("alice")}
+    assert kept["outputs"]["kept"]["handle"] in {i.id for i in fresh.store.list("alice")}
 
 
 def test_every_kind_of_captured_rows(fresh: Any) -> None:
@@ -154,7 +153,7 @@ def test_a_step_may_generate_and_a_step_may_sweep(fresh: Any) -> None:
         fresh, step(*CLEAN, sweep=(Axis(node="lp", field="at", values=("prompt[0]", "prompt[1]")),))
     )
     assert [set(v["outputs"]) for v in captured[0]["sweep"]] == [{"lp"}, {"lp"}]
-    assert fresh.service._store.list("alice") == []
+    assert fresh.store.list("alice") == []
 
 
 def test_arrays_belong_to_steps(fresh: Any) -> None:
@@ -171,7 +170,7 @@ def test_arrays_belong_to_steps(fresh: Any) -> None:
 def test_one_bill(fresh: Any) -> None:
     answer = released(fresh, start(fresh, step(*CLEAN), step(*PATCHED)))
     first, second = (s["receipt"] for s in json.loads(answer.payload)["steps"])
-    assert set(first["released_bits"]) == {"overhead", "lp"}
+    assert set(first["released_bits"]) == {"overhead", "lp", "kept"}
     assert set(second["released_bits"]) == {"receipts", "lp"}
     assert answer.charge.bits == sum(sum(x["released_bits"].values()) for x in (first, second))
     costs = [first["reserved_bits"], second["reserved_bits"]]
@@ -243,7 +242,7 @@ def test_a_session_above_the_budget_runs_nothing(server: Any) -> None:
     """Each step alone would fit."""
     eve, facts = server.principals["eve"], server.service.facts["shut"]
     left = server.service.gate.budget(eve, facts).left_bits
-    rows = int((0.6 * left - 256) / (9 + 24))
+    rows = int((0.6 * left - 256) / (9 + 8))
     asked = step(READ, ops.Lens(id="top", of=("r",), top_k=1), prompts=("a",) * rows, model="shut")
     plan = json.loads(server.service.plan(eve, asked, {}).payload)
     assert plan["admitted"]
@@ -278,7 +277,7 @@ def test_a_step_that_fails_takes_everything_back(
     with pytest.raises(TrocarError) as caught:
         run(fresh, step(*CLEAN), step(*PATCHED, READ, KEPT), keep=keep)
     assert caught.value.code == "internal"
-    assert fresh.service._store.list("alice") == []
+    assert fresh.store.list("alice") == []
     assert held(fresh) == 0
     assert fresh.service.check() == []
 
@@ -292,20 +291,21 @@ def test_a_session_that_cannot_be_released_leaves_nothing(
     monkeypatch.setattr(type(fresh.service.gate), "release", refused)
     with pytest.raises(TrocarError):
         run(fresh, step(*CLEAN), keep=True)
-    assert fresh.service._store.list("alice") == []
+    assert fresh.store.list("alice") == []
     assert held(fresh) == 0
 
 
 def test_rows_deleted_between_the_steps(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tenant may delete a handle of a session that still runs: the session says so and holds nothing."""
-    plain = sessions.Session._answer
+    plain = Passes.arrays
 
-    def deleting(self: Any, result: Any) -> Any:
-        for info in fresh.service._store.list("alice"):
-            fresh.service._store.delete("alice", info.id)
-        return plain(self, result)
+    def deleting(self: Passes, results: Any) -> Any:
+        made = plain(self, results)
+        for info in fresh.store.list("alice"):
+            fresh.store.delete("alice", info.id)
+        return made
 
-    monkeypatch.setattr(sessions.Session, "_answer", deleting)
+    monkeypatch.setattr(Passes, "arrays", deleting)
     with pytest.raises(TrocarError) as caught:
         run(fresh, step(*CLEAN), step(*PATCHED))
     assert caught.value.code == "handle_not_found"
@@ -322,7 +322,7 @@ def test_a_cancelled_session_stops_between_or_within_steps(fresh: Any) -> None:
     with pytest.raises(TrocarError) as caught:
         released(fresh, job)
     assert caught.value.code == "cancelled"
-    assert fresh.service._store.list("alice") == []
+    assert fresh.store.list("alice") == []
     assert held(fresh) == 0
     assert fresh.engines["tiny"].stats().live_requests == 0
 

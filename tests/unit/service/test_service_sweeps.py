@@ -144,7 +144,7 @@ def test_every_variant_captures(fresh: Any) -> None:
     found = run(fresh, request(COEF, nodes=nodes))
     handles = [v["outputs"]["kept"]["handle"] for v in found["sweep"]]
     assert len(set(handles)) == 3
-    store = fresh.service._store
+    store = fresh.store
     rows = [store.open("alice", h).read("resid_post.2") for h in handles]
     assert [r.shape for r in rows] == [(2, 32)] * 3
     assert np.abs(rows[0] - rows[2]).max() > 0.01
@@ -193,7 +193,7 @@ def test_a_variant_that_fails_stops_the_others_and_takes_their_rows(fresh: Any) 
     with pytest.raises(TrocarError) as caught:
         run(fresh, request(axis, nodes=nodes), vectors=huge)
     assert caught.value.code == "edit_not_finite"
-    assert fresh.service._store.list("alice") == []
+    assert fresh.store.list("alice") == []
     assert held(fresh) == 0
     assert fresh.engines["tiny"].stats().live_requests == 0
     assert fresh.service.check() == []
@@ -252,7 +252,7 @@ def test_what_variants_share_is_read_in_every_one(fresh: Any) -> None:
     prompts = ("abc", "hello there", "xy", "a longer prompt than these")
     found = run(fresh, request(COEF, nodes=(*below, edit), prompts=prompts))
     assert fresh.engines["tiny"].stats().shared_rows > 0
-    store = fresh.service._store
+    store = fresh.store
     for variant in found["sweep"]:
         swept = edit.model_copy(update={"coef": float(variant["settings"]["steer.coef"])})
         single = run(fresh, request(nodes=(*below, swept), prompts=prompts))

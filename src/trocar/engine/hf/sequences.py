@@ -131,11 +131,11 @@ class Sequence:
         stops = self.live.task.checked.generation.stop_at_eos and token in eos
         self.ended = stops or self.sampled == self.most
 
-    def text(self, eos: frozenset[int]) -> tuple[tuple[int, ...], bool]:
-        """Sampled ids without the end token, and whether one came."""
+    def text(self, eos: frozenset[int]) -> tuple[tuple[int, ...], int | None]:
+        """Sampled ids without the end token, and that token if one came."""
         made = self.tokens[self.length :]
         stopped = bool(made) and made[-1] in eos and self.live.task.checked.generation.stop_at_eos
-        return tuple(made[:-1] if stopped else made), stopped
+        return (tuple(made[:-1]), made[-1]) if stopped else (tuple(made), None)
 
     def rewind(self) -> None:
         """After a preemption: everything is fed again, nothing is collected twice."""
