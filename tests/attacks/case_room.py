@@ -132,6 +132,36 @@ class World:
         return self.refuses_json(request(*nodes, **more), *codes)
 
 
+@dataclass(frozen=True)
+class Small:
+    """A server of one model."""
+
+    service: Any
+    app: Any
+    store: Any
+    engines: dict[str, Any]
+
+    def forwards(self) -> int:
+        return sum(e.stats().forwards for e in self.engines.values())
+
+
+def guarded(root: Path, loaded: Any, **people: Any) -> Any:
+    """A server of one model under a policy of its own: `people` are terms of the tier `external`."""
+    from trocar.api.app import create_app
+    from trocar.engine.hf.engine import HFEngine
+    from trocar.gate.gate import Gate
+    from trocar.gate.policy import Policy
+    from trocar.service.compose import local_service
+    from trocar.store import Store
+
+    terms = {"life_ppm": 900_000, "day_ppm": 900_000, "rank_ppm": 1_000_000, "tick_ms": 0, **people}
+    policy = Policy.model_validate({"people": {"tiers": {"external": terms}}, "data": {"lineage_day_ppm": 900_000}})
+    gate = Gate(f"sqlite:///{root}/ledger.db", policy)
+    engine, store = HFEngine(loaded), Store(root / "store")
+    service = local_service([(loaded, engine)], store, gate)
+    return Small(service, create_app(service), store, {loaded.facts.name: engine})
+
+
 def mint(server: Any, tenant: str, tier: Tier = Tier.open) -> Any:
     """A new key of a tenant."""
     return server.service.gate.keys.create(tenant, tier, Role.researcher)

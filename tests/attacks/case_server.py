@@ -35,8 +35,7 @@ def main(folder: Path) -> None:
         partial.write_text(json.dumps({"url": address.url, "keys": keys, "pid": os.getpid()}))
         partial.replace(folder / "ready.json")
 
-    served = tuple(made.service._models.values())
-    HttpServer(Assembly(made.service, served), "warning", ready).serve_until_stopped(address)
+    HttpServer(Assembly(made.service, (), ()), "warning", ready).serve_until_stopped(address)
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ def tight(serve: Any, tiny_of: Any, tmp_path: Path) -> Iterator[World]:
     from trocar.store.quota import Quota
 
     server = serve(tmp_path, [tiny_of()])
-    server.service._store._quota = Quota(100_000)
+    server.store._quota = Quota(100_000)
     yield World.of(server)
     server.service.close()
 
