@@ -6,6 +6,7 @@ part matters. Tests that ask for SmolLM2 carry the marker `model`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|a|>' + m['role'] + '\\n' + m['content'] + '<|b|>\\n' }}{% endfor %}"
@@ -139,6 +142,15 @@ def tiny_of() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A real PostgreSQL server, the same for all tests; each asks it for a schema of its own."""
+    from postgres_server import running
+
+    with running() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Any:
     from trocar.models.load import load
     from trocar.models.pull import pull
@@ -185,6 +197,14 @@ class Server:
         return sum(e.stats().forwards for e in self.engines.values())
 
 
+def agent_spends_in_a_day() -> Any:
+    """The default policy, but an agent's budget for life may be spent on one day."""
+    from trocar.gate.policy import People, Policy, Tier, Tiers
+
+    terms = Policy().terms(Tier.agent)
+    return Policy(people=People(tiers=Tiers(agent=terms.model_copy(update={"day_ppm": terms.life_ppm}))))
+
+
 def make_server(root: Path, loaded: list[Any], **limits: Any) -> Server:
     """Gate, store, engines and application around loaded models."""
     from trocar.api.app import create_app
@@ -194,7 +214,7 @@ def make_server(root: Path, loaded: list[Any], **limits: Any) -> Server:
     from trocar.service.compose import local_service
     from trocar.store import Store
 
-    gate = Gate(f"sqlite:///{root}/ledger.db")
+    gate = Gate(f"sqlite:///{root}/ledger.db", agent_spends_in_a_day())
     made = {
         "alice": gate.keys.create("alice", Tier.open, Role.operator),
         "bob": gate.keys.create("bob", Tier.open, Role.researcher),
