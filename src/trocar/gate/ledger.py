@@ -132,7 +132,13 @@ class Ledger:
         if self._anchors is not None:
             self._anchors.require_kept()
         ask = Ask(
-            principal.key_id, lineage.name, bits, request_digest, idempotency_key, request_id, principal.token_ids
+            principal.key_id,
+            lineage.name,
+            bits,
+            request_digest,
+            idempotency_key,
+            request_id,
+            principal.token_ids,
         )
         while True:
             with self._write() as (connection, now_ms):

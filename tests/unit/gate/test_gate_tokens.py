@@ -211,7 +211,8 @@ def test_what_a_revoked_token_asked_is_not_settled(gate: Room, key: NewKey, bloc
     token = attenuate(mint(gate, key), LENS)
     other = mint(gate, key)
     mine, theirs, by_key = (
-        gate.reserve(gate.keys.authenticate(secret), 100, body=secret) for secret in (token, other, key.secret)
+        gate.reserve(gate.keys.authenticate(secret), 100, body=secret)
+        for secret in (token, other, key.secret)
     )
     gate.keys.revoke_token(ids(token)[block])
     with pytest.raises(AuthError) as e:
