@@ -192,6 +192,7 @@ async def job_state(request: Request, caller: Caller, job: str) -> Response:
 @router.get("/jobs/{job}/result", tags=["jobs"])
 async def job_result(request: Request, caller: Caller, job: str, wait_s: float = 0.0) -> Response:
     """The result, waiting at most 30 s; 202 with the job's state while it runs."""
+    request.state.of_job = True
     verb = partial(_service(request).job_result, caller, job, wait_s)
     # Waiting has threads of its own: many slow jobs must not keep others from asking anything.
     found = await to_thread.run_sync(verb, limiter=request.app.state.waiters)
@@ -287,10 +288,16 @@ async def _on_refusal(request: Request, error: Exception) -> Response:
 async def _told(request: Request, error: errors.TrocarError) -> Response:
     """The refusal of a caller whom we know is an entry of the log; how a job ended was decided before."""
     caller = getattr(request.state, "caller", None)
-    if caller is not None and not (isinstance(error, errors.RunFailed | errors.ServerFault)):
+    if caller is not None and not _decided(request, error):
         service, request_id = _service(request), request.state.request_id
         error = await to_thread.run_sync(service.refused, caller, request_id, error)
     return _refused(request, error)
+
+
+def _decided(request: Request, error: errors.TrocarError) -> bool:
+    """Whether it says how a job ended, or that we failed."""
+    of_job = getattr(request.state, "of_job", False) and error.code not in ("job_not_found", "bad_value")
+    return of_job or isinstance(error, errors.RunFailed | errors.ServerFault)
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
