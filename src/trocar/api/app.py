@@ -31,6 +31,7 @@ from trocar.service.service import Service
 from trocar.strict import Strict
 from trocar.wire import requests as q
 from trocar.wire import tensors
+from trocar.wire.tokens import ScopeWords, TokenRequest
 
 log = logging.getLogger(__name__)
 MAX_BODY_BYTES: Final = 32 << 20
@@ -43,6 +44,7 @@ OPTIONS: Final = {
         *q.FitRequest.model_fields,
         *q.SessionRequest.model_fields,
         *Axis.model_fields,
+        *ScopeWords.model_fields,
     ),
 }
 JSON: Final = "application/json"
@@ -227,6 +229,13 @@ async def erase(request: Request, caller: Caller, handle: str) -> Response:
 async def ledger(request: Request, caller: Caller) -> Response:
     """The calling key's own budgets and entries."""
     return await _off_loop(request, _service(request).account, caller)
+
+
+@router.post("/tokens", tags=["accounts"], openapi_extra=openapi.body(TokenRequest))
+async def token(request: Request, caller: Caller) -> Response:
+    """A token that stands for the calling key with less; shown this once."""
+    body, _ = await decode(request, TokenRequest)
+    return await _off_loop(request, _service(request).token, caller, body)
 
 
 @router.get("/engine", tags=["operators"])

@@ -15,6 +15,7 @@ from trocar.client.prompts import Prompts, generation_of, is_single
 from trocar.client.results import Plan, Results, SessionResults, Text
 from trocar.client.session import RecordedSession, Session
 from trocar.client.settings import Settings
+from trocar.client.tokens import AsyncTokens
 from trocar.client.trace import Recorded, Trace
 from trocar.client.transport import Transport
 from trocar.graph.builder import EditSpec, Place, Position, SiteRows, selector
@@ -293,7 +294,7 @@ def model_text(facts: ModelFacts) -> str:
     )
 
 
-class AsyncClient:
+class AsyncClient(AsyncTokens):
     """A connection to a Trocar server.
 
     Args:

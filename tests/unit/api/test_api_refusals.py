@@ -179,6 +179,7 @@ PRIVATE = [
     ("GET", "/v1/jobs/job_x"), ("GET", "/v1/jobs/job_x/result"), ("DELETE", "/v1/jobs/job_x"),
     ("GET", "/v1/handles"), ("GET", "/v1/handles/act_x"), ("DELETE", "/v1/handles/act_x"),
     ("GET", "/v1/ledger"), ("GET", "/v1/engine"), ("POST", "/v1/sessions"),
+    ("POST", "/v1/tokens"),
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from http_room import LOGPROBS, TEXT, Caller, capture, edit, read, request
 
-from trocar.gate.policy import Tier
+from trocar.gate.policy import Role, Tier
 from trocar.gate.scopes import EVERYTHING, Scope
 from trocar.grants.tokens import attenuate, ids
 
@@ -34,6 +34,11 @@ def give(fresh: Any, tmp_path: Path) -> Give:
         return str(gate.keys.mint(fresh.principals["bob"], scope, role, root=tmp_path / "tokens.key").text)
 
     return of
+
+
+@pytest.fixture
+def bob(fresh: Any) -> Caller:
+    return Caller(fresh.app, fresh.keys["bob"])
 
 
 def caller(server: Any, secret: str) -> Caller:
@@ -239,3 +244,80 @@ def test_a_token_is_no_operator_and_an_agent_stays_one(fresh: Any, tmp_path: Pat
         assert caller(fresh, text).get("/v1/engine").refusal["code"] == "not_allowed"
         assert caller(fresh, text).run(request(LOGPROBS)).status == 200
     assert gate.keys.authenticate(again).tier is Tier.open
+
+
+# ---- the door -------------------------------------------------------------------------------------
+
+
+def test_a_key_asks_for_a_token_that_is_shown_once(fresh: Any, bob: Caller) -> None:
+    scope = {"models": ["tiny"], "ops": ["logprobs"], "most_bits": 5000}
+    heard = bob.post("/v1/tokens", {"scope": scope, "role": "agent"})
+    assert (heard.status, heard.headers["cache-control"]) == (200, "no-store")
+    token = heard.json["token"]
+    assert [heard.json["token_id"]] == list(ids(token))
+    who = fresh.service.gate.keys.authenticate(token)
+    assert who.scope == words(models={"tiny"}, ops={"logprobs"}, most_bits=5000)
+    assert (who.key_id, who.role) == (fresh.principals["bob"].key_id, "agent")
+    assert caller(fresh, token).run(request(LOGPROBS)).status == 200
+    assert caller(fresh, token).post("/v1/runs", READS).refusal["code"] == "out_of_scope"
+    [entry] = [e for e in fresh.service.gate.ledger.entries(limit=1000) if e.kind == "minted"]
+    assert token not in str(entry)
+    other = bob.post("/v1/tokens", {})
+    assert other.json["token_id"] != heard.json["token_id"]
+    assert fresh.service.gate.keys.authenticate(other.json["token"]).role == "researcher"
+
+
+def test_a_token_asks_for_none(fresh: Any, bob: Caller, give: Give) -> None:
+    for token in (give(), bob.post("/v1/tokens", {}).json["token"]):
+        heard = caller(fresh, token).post("/v1/tokens", {})
+        assert (heard.status, heard.refusal["code"]) == (403, "not_allowed")
+        assert "attenuate" in heard.refusal["reason"]
+    assert caller(fresh, "x").post("/v1/tokens", {}).status == 401
+
+
+def test_a_token_is_never_more_than_its_key(fresh: Any) -> None:
+    keys = fresh.service.gate.keys
+    narrow = keys.create("bob", Tier.open, Role.agent, scope=words(models={"tiny"}, most_bits=900))
+    token = caller(fresh, narrow.secret).post("/v1/tokens", {"scope": {"most_bits": 10**9}}).json["token"]
+    who = keys.authenticate(token)
+    assert (who.scope.models, who.scope.most_bits, who.role) == (frozenset({"tiny"}), 900, "agent")
+    for role in (Role.checker, Role.auditor):
+        made = keys.create("desk", Tier.open, role).secret
+        assert caller(fresh, made).post("/v1/tokens", {}).refusal["code"] == "not_allowed"
+
+
+WRONG: list[tuple[Any, str, str]] = [
+    ({"scope": {"ops": ["lense"]}}, "bad_value", "scope.ops"),
+    ({"scope": {"sites": ["resid_pots"]}}, "unknown_site", "scope.sites"),
+    ({"scope": {"models": ["a b"]}}, "bad_value", "scope.models"),
+    ({"scope": {"models": []}}, "bad_value", "scope.models"),
+    ({"scope": {"models": "tiny"}}, "bad_value", "scope.models"),
+    ({"scope": {"most_bits": -1}}, "bad_value", "scope.most_bits"),
+    ({"scope": {"most_bits": 1.5}}, "bad_value", "scope.most_bits"),
+    ({"scope": {"expires_ms": 2**63}}, "bad_value", "scope.expires_ms"),
+    ({"scope": {"bits": 5}}, "unknown_field", "scope.bits"),
+    ({"role": "owner"}, "bad_value", "role"),
+]
+
+
+@pytest.mark.parametrize(("body", "code", "path"), WRONG, ids=[str(i) for i in range(len(WRONG))])
+def test_what_is_no_scope(fresh: Any, bob: Caller, body: Any, code: str, path: str) -> None:
+    heard = bob.post("/v1/tokens", body)
+    assert (heard.status, heard.refusal["code"], heard.refusal["path"]) == (422, code, path)
+    assert "minted" not in [e.kind for e in fresh.service.gate.ledger.entries(limit=1000)]
+
+
+def test_a_key_makes_so_many_in_a_minute(fresh: Any, bob: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trocar.service import minting
+
+    monkeypatch.setattr(minting, "MOST_PER_MINUTE", 2)
+    assert [bob.post("/v1/tokens", {}).status for _ in range(2)] == [200, 200]
+    heard = bob.post("/v1/tokens", {})
+    assert (heard.status, heard.refusal["code"]) == (503, "queue_full")
+    assert int(heard.headers["retry-after"]) >= 29
+
+
+def test_a_server_without_a_place_for_its_secret_signs_none(fresh: Any, bob: Caller) -> None:
+    fresh.service.gate._token_root = None
+    heard = bob.post("/v1/tokens", {})
+    assert (heard.status, heard.refusal["code"]) == (403, "not_allowed")
