@@ -76,23 +76,27 @@ def write(policy: Policy) -> str:
         if table:
             tables.setdefault(table, []).append(f"{name} = {_toml(UNLIMITED if value is None else value)}")
     parts = [
-        "\n".join([*([f"[{table}]"] if table else []), *lines]) for table, lines in sorted(tables.items())
+        "\n".join([*([f"[{_header(table)}]"] if table else []), *lines])
+        for table, lines in sorted(tables.items())
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _header(table: str) -> str:
+    """The name of a table; that of a project may have dots, which mean something else in TOML."""
+    part, _, name = table.partition(".")
+    return f'{part}."{name}"' if part == _PROJECTS and "." in name else table
 
 
 def _toml(value: Any) -> str:
     return json.dumps(value) if isinstance(value, str | bool) else str(value)
 
 
-def meanings() -> dict[str, str]:
-    """What each setting means, by its place; read from the docstrings of `policy`."""
-    found: dict[str, str] = {}
-    for prefix, model in _PARTS.items():
-        for name, text in _attributes(model.__doc__ or "").items():
-            if name in model.model_fields:
-                found[f"{prefix}.{name}"] = text
-    return found
+def meaning(path: str) -> str:
+    """What the setting at a place means: the words of its docstring in `policy`."""
+    part, _, name = path.rpartition(".")
+    model = Project if part.partition(".")[0] == _PROJECTS else _PARTS[part]
+    return _attributes(model.__doc__ or "")[name]
 
 
 def _attributes(doc: str) -> dict[str, str]:
@@ -110,7 +114,9 @@ def _attributes(doc: str) -> dict[str, str]:
 
 
 _ATTRIBUTE: Final = re.compile(r" {8}(\w+(?:, \w+)*): (.*)")
+_PROJECTS: Final = "projects"
 _PARTS: Final[Mapping[str, type[Strict]]] = {
+    "": Policy,
     "people": People,
     **{f"people.tiers.{name}": TierTerms for name in Tiers.model_fields},
     "settings": Settings,
