@@ -104,7 +104,7 @@ def test_what_each_tier_pays_and_may() -> None:
         Tier.external: Prices(8, 256, 8, STRICT),
         Tier.agent: Prices(8, 256, 4, STRICT),
     }
-    assert [Policy().terms(tier).tick_ms for tier in Tier] == [0, 0, 100, 100]
+    assert [Policy().terms(tier).tick_ms for tier in Tier] == [0, 20, 100, 100]
 
 
 def test_a_tier_trusted_less_may_less() -> None:
