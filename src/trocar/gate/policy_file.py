@@ -63,9 +63,16 @@ def write(policy: Policy) -> str:
             line = f"# {name}: not limited" if value is None else f"{name} = {_toml(value)}"
             tables.setdefault(table, []).append(line)
     parts = [
-        "\n".join([*([f"[{table}]"] if table else []), *lines]) for table, lines in sorted(tables.items())
+        "\n".join([*([f"[{_quoted(table)}]"] if table else []), *lines])
+        for table, lines in sorted(tables.items())
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _quoted(table: str) -> str:
+    """A table's name; that of a project may hold dots."""
+    kind, _, name = table.partition(".")
+    return f'{kind}."{name}"' if kind == "projects" else table
 
 
 def _toml(value: Any) -> str:
