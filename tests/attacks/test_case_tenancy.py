@@ -106,7 +106,11 @@ def test_case_29_ten_thousand_guesses(world: World) -> None:
     """Ten thousand ids, near a real one and far: none opens, and none costs more than another."""
     foreign = kept(world.neighbour)
     near = [foreign[:-1] + digit for digit in "0123456789abcdef" if digit != foreign[-1]]
-    guesses = [*near, *(f"act_{i:032x}" for i in range(5000)), *(f"act_{secrets.token_hex(16)}" for _ in range(5000))]
+    guesses = [
+        *near,
+        *(f"act_{i:032x}" for i in range(5000)),
+        *(f"act_{secrets.token_hex(16)}" for _ in range(5000)),
+    ]
     handle = world.server.service.handle
     principal = world.server.service.gate.keys.authenticate(_secret(world.attacker))
     for guess in guesses:
@@ -188,7 +192,9 @@ def test_case_30_poison_at_every_hook(world: World, poison: str) -> None:
     facts = world.server.engines["tiny"].facts
     sites = [s for s in SERVED if s.partition(".")[0] in facts.sites]
     assert len(sites) > 8
-    body = request({**LOGPROBS, "at": "prompt[*]"}, TEXT, prompts=["a stranger's prompt", "two"], max_new_tokens=3)
+    body = request(
+        {**LOGPROBS, "at": "prompt[*]"}, TEXT, prompts=["a stranger's prompt", "two"], max_new_tokens=3
+    )
     nothing = request(LOGPROBS, prompts=["mallory", "eve"])
     _, quiet = together(world, lambda: world.attacker.post("/v1/runs", nothing), body)
     for site in sites:
@@ -196,7 +202,9 @@ def test_case_30_poison_at_every_hook(world: World, poison: str) -> None:
         write = [*grown(poison), edit("set", site, at="all", value="x"), LOGPROBS]
         bad = request(*write, prompts=["mallory", "eve"])
         before = world.spent()
-        hurt, beside = together(world, lambda b=bad, w=width: world.attacker.frame("/v1/runs", b, {"v": np.ones(w)}), body)
+        hurt, beside = together(
+            world, lambda b=bad, w=width: world.attacker.frame("/v1/runs", b, {"v": np.ones(w)}), body
+        )
         assert (hurt.status, codes(hurt)) == (422, ["edit_not_finite"]), site
         clean(hurt)
         assert numbers(beside) == numbers(quiet), site
@@ -209,7 +217,11 @@ def test_case_31_extreme_activations(world: World) -> None:
     nothing = request({**LOGPROBS}, prompts=["mallory"] * 8)
     _, quiet = together(world, lambda: world.attacker.post("/v1/runs", nothing), body)
     for size in (1e2, 1e4, 1e6):
-        nodes = [{"op": "tensor", "id": "v", "name": "v"}, edit("set", "resid_pre.0", at="all", value="v"), LOGPROBS]
+        nodes = [
+            {"op": "tensor", "id": "v", "name": "v"},
+            edit("set", "resid_pre.0", at="all", value="v"),
+            LOGPROBS,
+        ]
         bad = request(*nodes, prompts=["mallory"] * 8)
         vectors = {"v": np.full(32, size)}
         _, beside = together(world, lambda b=bad, v=vectors: world.attacker.frame("/v1/runs", b, v), body)
@@ -263,7 +275,9 @@ def test_case_33_identical_uploads_are_two(world: World) -> None:
     after = [c.get("/v1/handles").json["stored_bytes"] for c in (world.attacker, world.neighbour)]
     assert one != two
     assert after[0] - before[0] == after[1] - before[1] == 12 * 32 * 4
-    first, second = (c.get(f"/v1/handles/{h}").json for c, h in ((world.attacker, one), (world.neighbour, two)))
+    first, second = (
+        c.get(f"/v1/handles/{h}").json for c, h in ((world.attacker, one), (world.neighbour, two))
+    )
     assert {k: v for k, v in first.items() if k not in ("handle", "created")} == {
         k: v for k, v in second.items() if k not in ("handle", "created")
     }
@@ -301,7 +315,9 @@ def test_case_34_links_in_the_store_are_not_followed(world: World) -> None:
     target.symlink_to(next(p for p in theirs if p.name == target.name))
     try:
         stored = {"op": "stored", "id": "s", "handle": mine, "site": "resid_post.1"}
-        patch = request(stored, edit("set", "resid_post.1", at="prompt[-1]", value="s"), LOGPROBS, prompts=WORDS)
+        patch = request(
+            stored, edit("set", "resid_post.1", at="prompt[-1]", value="s"), LOGPROBS, prompts=WORDS
+        )
         heard = world.attacker.run(patch)
         assert codes(heard)[0] in ("internal", "store_damaged")
         clean(heard, str(depot._data))
@@ -348,7 +364,9 @@ def test_case_36_a_key_revoked_while_its_run_runs(world: World) -> None:
         keys.revoke(made.principal.key_id)
         heard = caller.get(f"/v1/jobs/{job}/result")
         assert (heard.status, codes(heard)) == (401, ["bad_key"])
-    colleague = Caller(world.server.app, again.secret)  # another key of the same tenant sees how the job ended
+    colleague = Caller(
+        world.server.app, again.secret
+    )  # another key of the same tenant sees how the job ended
     heard = colleague.result(job)
     assert (heard.status, codes(heard)) == (401, ["bad_key"])
     assert "outputs" not in heard.json
@@ -410,7 +428,13 @@ class Dialled:
 
     @classmethod
     def _hear(cls, event: str, args: tuple[Any, ...]) -> None:
-        if cls.on and event in ("socket.connect", "socket.getaddrinfo", "socket.sendto", "urllib.Request", "subprocess.Popen"):
+        if cls.on and event in (
+            "socket.connect",
+            "socket.getaddrinfo",
+            "socket.sendto",
+            "urllib.Request",
+            "subprocess.Popen",
+        ):
             cls.seen.append((event, repr(args)[:200]))
 
 
@@ -467,7 +491,9 @@ def test_case_38_bytes_that_smuggle(live: Any, raw: bytes) -> None:
     assert live.healthy()
 
 
-@pytest.mark.xfail(strict=True, reason="a slash at the end is answered by the framework: 307 to the host that was named")
+@pytest.mark.xfail(
+    strict=True, reason="a slash at the end is answered by the framework: 307 to the host that was named"
+)
 def test_case_38_a_slash_at_the_end(live: Any) -> None:
     """An address with a slash too many is an address that does not exist; the named host is not redirected to."""
     said = live.talk(b"GET /v1/models/ HTTP/1.1\r\nHost: evil.example\r\n\r\n")

@@ -131,9 +131,10 @@ class Tiers(Strict):
     def _only_open_is_open(self) -> Self:
         for name in ("trusted", "external", "agent"):
             terms: TierTerms = getattr(self, name)
-            if terms.life_ppm is None or terms.rank_ppm is None or not terms.guarded:
+            limited = terms.life_ppm is not None and terms.rank_ppm is not None and terms.tick_ms > 0
+            if not (limited and terms.guarded):
                 raise ValueError(
-                    f"tier {name!r} needs life_ppm, rank_ppm and guarded: only 'open' may do without"
+                    f"tier {name!r} needs life_ppm, rank_ppm, tick_ms and guarded: only 'open' may do without"
                 )
         return self
 

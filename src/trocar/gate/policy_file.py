@@ -19,9 +19,12 @@ from trocar import errors
 from trocar.gate.policy import Airlock, Data, Outputs, People, Policy, Project, Settings, Tiers, TierTerms
 from trocar.strict import Strict
 
+UNLIMITED: Final = "unlimited"
+"""How a file says that something is counted and not capped."""
+
 
 def read(text: str) -> Policy:
-    """Reads a policy file.
+    """Reads a policy file; a setting that it leaves out has its default.
 
     Raises:
         ProgramError: `bad_policy`, one refusal for each fault, with the place in the file.
@@ -30,7 +33,18 @@ def read(text: str) -> Policy:
         found = tomllib.loads(text)
     except (ValueError, RecursionError) as e:  # also a number, or brackets, without an end
         raise errors.refuse("bad_policy", "$", f"the file is not TOML: {e}") from None
-    return from_json(json.dumps(found, default=str))
+    whole = _over(Policy().model_dump(mode="json"), found)
+    return from_json(json.dumps(whole, default=str))
+
+
+def _over(usual: Any, said: Any) -> Any:
+    """What a file says over the defaults: what it leaves out stays as it is by default."""
+    if isinstance(usual, dict) and isinstance(said, dict):
+        return {
+            name: _over(usual.get(name), said[name]) if name in said else usual[name]
+            for name in {**usual, **said}
+        }
+    return None if said == UNLIMITED else said
 
 
 def from_json(text: str) -> Policy:
@@ -55,13 +69,12 @@ def _fault(found: Any) -> errors.Refusal:
 
 
 def write(policy: Policy) -> str:
-    """A policy as a TOML file, every setting written out; an absent limit is a comment."""
+    """A policy as a TOML file, every setting written out; `read` gives it back."""
     tables: dict[str, list[str]] = {"": [f"version = {policy.version}"]}
     for path, value in settings(policy):
         table, _, name = path.rpartition(".")
         if table:
-            line = f"# {name}: not limited" if value is None else f"{name} = {_toml(value)}"
-            tables.setdefault(table, []).append(line)
+            tables.setdefault(table, []).append(f"{name} = {_toml(UNLIMITED if value is None else value)}")
     parts = [
         "\n".join([*([f"[{_header(table)}]"] if table else []), *lines])
         for table, lines in sorted(tables.items())

@@ -130,7 +130,7 @@ class Service:
             about.CapabilitiesView(
                 version=__version__,
                 isolation="process",
-                engines={name: m.worker.name for name, m in self._models.items()},
+                engines={name: m.engine for name, m in self._models.items()},
                 ops=ops,
                 fits=get_args(q.FitKind),
                 tiers={tier.value: _tier(self.gate.policy.prices(tier)) for tier in Tier},
