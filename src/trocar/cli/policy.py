@@ -51,7 +51,7 @@ def init() -> None:
 
 
 def check(file: FileArgument) -> None:
-    """Read a policy to the last word; exit code 1 and every fault when it cannot be used."""
+    """Read a policy to the last word; names every fault when it cannot be used."""
     policy = read_file(file)
     print(f"ok: policy {policy.digest()[:12]}")
 

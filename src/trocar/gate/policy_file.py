@@ -39,10 +39,11 @@ def read(text: str) -> Policy:
 
 def _over(usual: Any, said: Any) -> Any:
     """What a file says over the defaults: what it leaves out stays as it is by default."""
-    if isinstance(usual, dict) and isinstance(said, dict):
+    if isinstance(said, dict):
+        known = usual if isinstance(usual, dict) else {}  # nothing is usual of a project
         return {
-            name: _over(usual.get(name), said[name]) if name in said else usual[name]
-            for name in {**usual, **said}
+            name: _over(known.get(name), said[name]) if name in said else known[name]
+            for name in {**known, **said}
         }
     return None if said == UNLIMITED else said
 

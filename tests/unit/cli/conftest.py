@@ -35,7 +35,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TROCAR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("TROCAR_URL", "http://127.0.0.1:9")
-    monkeypatch.delenv("TROCAR_API_KEY", raising=False)
+    for name in ("TROCAR_API_KEY", "TROCAR_POLICY", "TROCAR_ANCHORS", "TROCAR_LEDGER"):
+        monkeypatch.delenv(name, raising=False)
     return tmp_path
 
 

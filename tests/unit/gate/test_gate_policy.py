@@ -52,7 +52,7 @@ def test_a_limit_is_the_exact_fraction_rounded_down(bits: int, tier: Tier) -> No
 
 @given(st.integers(1, MAX_BITS), st.integers(0, 10**6), st.integers(0, 10**6))
 def test_a_limit_never_exceeds_the_secret(bits: int, life: int, day: int) -> None:
-    terms = TierTerms(life_ppm=life, day_ppm=day, rank_ppm=1)
+    terms = TierTerms(life_ppm=life, day_ppm=day, rank_ppm=1, tick_ms=1)
     policy = Policy(people=People(tiers=Tiers(agent=terms)), projects={"p": Project(life_ppm=life)})
     limits = policy.limits(Tier.agent, Lineage("base", bits, None))
     for found, ppm in ((limits.life_bits, life), (limits.day_bits, day)):
@@ -117,7 +117,7 @@ def test_a_tier_trusted_less_may_less() -> None:
 
 def test_the_rules_of_the_data_hold_for_every_guarded_tier() -> None:
     data = Data(first_raw_layer=5, least_blocks=3, linear_maps=True, own_targets=True)
-    terms = TierTerms(life_ppm=1, rank_ppm=1, raw="never")
+    terms = TierTerms(life_ppm=1, rank_ppm=1, raw="never", tick_ms=1)
     policy = Policy(data=data, people=People(tiers=Tiers(agent=terms)), outputs=Outputs(overhead_bits=512))
     assert policy.prices(Tier.agent).rules == Rules("never", 5, 3, linear_maps=True, own_targets=True)
     assert policy.prices(Tier.trusted).rules == Rules("airlock", 5, 3, linear_maps=True, own_targets=True)
@@ -125,9 +125,11 @@ def test_the_rules_of_the_data_hold_for_every_guarded_tier() -> None:
 
 
 @pytest.mark.parametrize("tier", [t.value for t in GUARDED])
-@pytest.mark.parametrize("missing", [{"life_ppm": None}, {"rank_ppm": None}, {"guarded": False}])
+@pytest.mark.parametrize(
+    "missing", [{"life_ppm": None}, {"rank_ppm": None}, {"guarded": False}, {"tick_ms": 0}]
+)
 def test_only_open_may_be_unguarded_or_uncapped(tier: str, missing: dict[str, Any]) -> None:
-    terms = TierTerms(**{"life_ppm": 1, "rank_ppm": 1, "guarded": True, **missing})
+    terms = TierTerms(**{"life_ppm": 1, "rank_ppm": 1, "tick_ms": 1, "guarded": True, **missing})
     with pytest.raises(ValidationError, match=f"tier '{tier}' needs"):
         Tiers(**{tier: terms})
     assert Tiers(open=terms).open == terms
@@ -207,15 +209,21 @@ approvers = 3
 def test_a_file_is_read() -> None:
     policy = policy_file.read(WHOLE)
     assert policy.terms(Tier.agent) == TierTerms(
-        life_ppm=50, day_ppm=5, rank_ppm=1000, scalar_bits=4, raw="never", tick_ms=250
+        life_ppm=50, day_ppm=5, rank_ppm=1000, scalar_bits=4, vector_bits=4, raw="never", tick_ms=250
     )
     assert policy.terms(Tier.external) == Policy().terms(Tier.external)
     assert policy.prices(Tier.agent) == Prices(
-        4, 300, 8, Rules("never", 2, 2, linear_maps=False, own_targets=False)
+        4, 300, 4, Rules("never", 2, 2, linear_maps=False, own_targets=False)
     )
     assert policy.project_limits("alpha-1.x", SECRET) == Limits(500_000, None)
     assert (policy.settings.isolation, policy.outputs.airlock.approvers) == ("host", 3)
     assert policy.people.refusals_per_minute == 60
+
+
+def test_what_a_file_leaves_out_is_as_usual() -> None:
+    agent = policy_file.read("[people.tiers.agent]\nscalar_bits = 6").terms(Tier.agent)
+    assert agent == Policy().terms(Tier.agent).model_copy(update={"scalar_bits": 6})
+    assert policy_file.read("[people.tiers.agent]\nday_ppm = 'unlimited'").terms(Tier.agent).day_ppm is None
 
 
 def test_an_empty_file_is_the_default() -> None:
@@ -258,7 +266,7 @@ FAULTS = [
     (AGENT + "raw = 'always'", "people.tiers.agent.raw", None),
     (AGENT + "guarded = 0", "people.tiers.agent.guarded", None),
     (AGENT + "guarded = false", "people.tiers", None),
-    ("[people.tiers.agent]\nrank_ppm = 1", "people.tiers", None),
+    ("[people.tiers.agent]\nrank_ppm = 'unlimited'", "people.tiers", None),
     ("[projects.Alpha]\nlife_ppm = 1", "projects.Alpha.[key]", None),
     ("[projects.a]\nrank_ppm = 1", "projects.a.rank_ppm", "rank_ppm"),
     ("[settings]\nisolation = 'none'", "settings.isolation", None),
@@ -300,15 +308,14 @@ def test_what_is_written_is_read_again(policy: Policy) -> None:
     assert policy_file.read(text) == policy
     for path, value in policy_file.settings(policy):
         name = path.rpartition(".")[2]
-        assert (f"# {name}: not limited" if value is None else f"{name} = ") in text
+        assert (f'{name} = "unlimited"' if value is None else f"{name} = ") in text
 
 
 def test_every_setting_has_a_meaning() -> None:
-    said = policy_file.meanings()
-    assert set(said) == {path for path, _ in policy_file.settings(Policy())} - {"version"}
+    said = {path: policy_file.meaning(path) for path, _ in policy_file.settings(DOTTED)}
     assert all(text[0].islower() or text[0].isdigit() or text[0] == "`" for text in said.values()), said
     assert said["outputs.airlock.days"] == "after which a request that nobody decided expires."
-    assert said["data.least_blocks"] == said["data.linear_maps"]
+    assert said["projects.a.b.life_ppm"].startswith("limit of all keys of the project")
     assert said["people.tiers.agent.scalar_bits"].startswith("of one released number: 32")
 
 
