@@ -27,7 +27,10 @@ def main(folder: Path) -> None:
     # the deadlines of a test: what is proven is that they exist
     connections.HEAD_S, connections.BODY_S, connections.SEND_S = 2.0, 3.0, 4.0
     made = make_server(folder, [make_tiny()])
-    keys = {name: made.service.gate.keys.create(name, Tier.open, Role.researcher).secret for name in ("mallory", "victor")}
+    keys = {
+        name: made.service.gate.keys.create(name, Tier.open, Role.researcher).secret
+        for name in ("mallory", "victor")
+    }
     address = bind("127.0.0.1", 0)
 
     def ready() -> None:

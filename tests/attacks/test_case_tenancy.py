@@ -22,6 +22,8 @@ from scipy.stats import ks_2samp
 from trocar import strict
 from trocar.errors import NotFound
 from trocar.gate.policy import Tier
+from trocar.gate.scopes import Scope
+from trocar.grants import tokens
 from trocar.sites import SITES
 from trocar.wire.requests import RunRequest
 
@@ -106,7 +108,11 @@ def test_case_29_ten_thousand_guesses(world: World) -> None:
     """Ten thousand ids, near a real one and far: none opens, and none costs more than another."""
     foreign = kept(world.neighbour)
     near = [foreign[:-1] + digit for digit in "0123456789abcdef" if digit != foreign[-1]]
-    guesses = [*near, *(f"act_{i:032x}" for i in range(5000)), *(f"act_{secrets.token_hex(16)}" for _ in range(5000))]
+    guesses = [
+        *near,
+        *(f"act_{i:032x}" for i in range(5000)),
+        *(f"act_{secrets.token_hex(16)}" for _ in range(5000)),
+    ]
     handle = world.server.service.handle
     principal = world.server.service.gate.keys.authenticate(_secret(world.attacker))
     for guess in guesses:
@@ -188,7 +194,9 @@ def test_case_30_poison_at_every_hook(world: World, poison: str) -> None:
     facts = world.server.engines["tiny"].facts
     sites = [s for s in SERVED if s.partition(".")[0] in facts.sites]
     assert len(sites) > 8
-    body = request({**LOGPROBS, "at": "prompt[*]"}, TEXT, prompts=["a stranger's prompt", "two"], max_new_tokens=3)
+    body = request(
+        {**LOGPROBS, "at": "prompt[*]"}, TEXT, prompts=["a stranger's prompt", "two"], max_new_tokens=3
+    )
     nothing = request(LOGPROBS, prompts=["mallory", "eve"])
     _, quiet = together(world, lambda: world.attacker.post("/v1/runs", nothing), body)
     for site in sites:
@@ -196,7 +204,9 @@ def test_case_30_poison_at_every_hook(world: World, poison: str) -> None:
         write = [*grown(poison), edit("set", site, at="all", value="x"), LOGPROBS]
         bad = request(*write, prompts=["mallory", "eve"])
         before = world.spent()
-        hurt, beside = together(world, lambda b=bad, w=width: world.attacker.frame("/v1/runs", b, {"v": np.ones(w)}), body)
+        hurt, beside = together(
+            world, lambda b=bad, w=width: world.attacker.frame("/v1/runs", b, {"v": np.ones(w)}), body
+        )
         assert (hurt.status, codes(hurt)) == (422, ["edit_not_finite"]), site
         clean(hurt)
         assert numbers(beside) == numbers(quiet), site
@@ -209,7 +219,11 @@ def test_case_31_extreme_activations(world: World) -> None:
     nothing = request({**LOGPROBS}, prompts=["mallory"] * 8)
     _, quiet = together(world, lambda: world.attacker.post("/v1/runs", nothing), body)
     for size in (1e2, 1e4, 1e6):
-        nodes = [{"op": "tensor", "id": "v", "name": "v"}, edit("set", "resid_pre.0", at="all", value="v"), LOGPROBS]
+        nodes = [
+            {"op": "tensor", "id": "v", "name": "v"},
+            edit("set", "resid_pre.0", at="all", value="v"),
+            LOGPROBS,
+        ]
         bad = request(*nodes, prompts=["mallory"] * 8)
         vectors = {"v": np.full(32, size)}
         _, beside = together(world, lambda b=bad, v=vectors: world.attacker.frame("/v1/runs", b, v), body)
@@ -263,7 +277,9 @@ def test_case_33_identical_uploads_are_two(world: World) -> None:
     after = [c.get("/v1/handles").json["stored_bytes"] for c in (world.attacker, world.neighbour)]
     assert one != two
     assert after[0] - before[0] == after[1] - before[1] == 12 * 32 * 4
-    first, second = (c.get(f"/v1/handles/{h}").json for c, h in ((world.attacker, one), (world.neighbour, two)))
+    first, second = (
+        c.get(f"/v1/handles/{h}").json for c, h in ((world.attacker, one), (world.neighbour, two))
+    )
     assert {k: v for k, v in first.items() if k not in ("handle", "created")} == {
         k: v for k, v in second.items() if k not in ("handle", "created")
     }
@@ -301,7 +317,9 @@ def test_case_34_links_in_the_store_are_not_followed(world: World) -> None:
     target.symlink_to(next(p for p in theirs if p.name == target.name))
     try:
         stored = {"op": "stored", "id": "s", "handle": mine, "site": "resid_post.1"}
-        patch = request(stored, edit("set", "resid_post.1", at="prompt[-1]", value="s"), LOGPROBS, prompts=WORDS)
+        patch = request(
+            stored, edit("set", "resid_post.1", at="prompt[-1]", value="s"), LOGPROBS, prompts=WORDS
+        )
         heard = world.attacker.run(patch)
         assert codes(heard)[0] in ("internal", "store_damaged")
         clean(heard, str(depot._data))
@@ -348,7 +366,9 @@ def test_case_36_a_key_revoked_while_its_run_runs(world: World) -> None:
         keys.revoke(made.principal.key_id)
         heard = caller.get(f"/v1/jobs/{job}/result")
         assert (heard.status, codes(heard)) == (401, ["bad_key"])
-    colleague = Caller(world.server.app, again.secret)  # another key of the same tenant sees how the job ended
+    colleague = Caller(
+        world.server.app, again.secret
+    )  # another key of the same tenant sees how the job ended
     heard = colleague.result(job)
     assert (heard.status, codes(heard)) == (401, ["bad_key"])
     assert "outputs" not in heard.json
@@ -371,6 +391,56 @@ def test_case_37_credentials_that_are_none(world: World, secret: str) -> None:
         assert (heard.status, codes(heard)[0]) in ((401, "bad_key"), (401, "no_key")), secret_of
         clean(heard)
     assert wire.send("POST", "/v1/runs", json.dumps(request(LOGPROBS)).encode()).status == 401
+
+
+@pytest.fixture(scope="module")
+def token(world: World, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A token of the attacker's own key: one model, two ops, one site, 600 bits."""
+    keys = world.server.service.gate.keys
+    scope = Scope(frozenset({"tiny"}), frozenset({"read", "logprobs"}), frozenset({"resid_post.1"}), 600)
+    root = tmp_path_factory.mktemp("root") / "tokens.key"
+    return str(keys.mint(keys.authenticate(_secret(world.attacker)), scope, root=root).text)
+
+
+def test_case_37_a_token_is_no_wider_than_it_says(world: World, token: str) -> None:
+    """Another model, op, site or more bits than the token names: refused, and its key pays nothing."""
+    caller = Caller(world.server.app, token)
+    assert caller.run(request(LOGPROBS, prompts=["abc"])).status == 200
+    spent = world.spent()
+    wrong = [request(LOGPROBS, model="shut"), request(read("resid_post.1"), capture("r")),
+             request(read("resid_post.2"), LOGPROBS), request({**LOGPROBS, "at": "prompt[*]"}, prompts=["x" * 200])]  # fmt: skip
+    for body in wrong:
+        heard = caller.post("/v1/runs", body)
+        assert (heard.status, codes(heard)[0]) in (
+            (403, "out_of_scope"), (403, "not_allowed"), (403, "budget_exhausted")), heard.json  # fmt: skip
+        clean(heard)
+    assert world.spent() == spent
+    wider = tokens.attenuate(token, Scope(None, None, None, 2**40))
+    for body in wrong:
+        assert Caller(world.server.app, wider).post("/v1/runs", body).status == 403
+
+
+def test_case_37_tokens_that_were_changed_or_are_over(world: World, token: str) -> None:
+    """A block removed, a byte changed, a token that has expired or was revoked, and claims of other formats: 401."""
+    keys = world.server.service.gate.keys
+    narrow = tokens.attenuate(token, Scope(most_bits=300))
+    public, narrow_raw = tokens._split(narrow)
+    _, raw = tokens._split(token)
+    over = tokens.attenuate(token, Scope(expires_ms=1))
+    cut = narrow[: len(token)]
+    changed = [
+        narrow[:i] + ("A" if narrow[i] != "A" else "B") + narrow[i + 1 :] for i in range(60, len(narrow), 37)
+    ]
+    for text in (over, cut, *changed, token + "A", "trt_", "trt_" + "A" * 100):
+        heard = Caller(world.server.app, text).get("/v1/handles")
+        assert (heard.status, codes(heard)) == (401, ["bad_key"]), text[:20]
+        clean(heard)
+    assert public
+    assert raw != narrow_raw
+    assert Caller(world.server.app, narrow).get("/v1/handles").status == 200
+    keys.revoke_token(tokens.ids(narrow)[-1])
+    assert Caller(world.server.app, narrow).get("/v1/handles").status == 401
+    assert Caller(world.server.app, token).get("/v1/handles").status == 200
 
 
 GAMES: list[dict[str, str]] = [
@@ -410,7 +480,13 @@ class Dialled:
 
     @classmethod
     def _hear(cls, event: str, args: tuple[Any, ...]) -> None:
-        if cls.on and event in ("socket.connect", "socket.getaddrinfo", "socket.sendto", "urllib.Request", "subprocess.Popen"):
+        if cls.on and event in (
+            "socket.connect",
+            "socket.getaddrinfo",
+            "socket.sendto",
+            "urllib.Request",
+            "subprocess.Popen",
+        ):
             cls.seen.append((event, repr(args)[:200]))
 
 
@@ -467,7 +543,9 @@ def test_case_38_bytes_that_smuggle(live: Any, raw: bytes) -> None:
     assert live.healthy()
 
 
-@pytest.mark.xfail(strict=True, reason="a slash at the end is answered by the framework: 307 to the host that was named")
+@pytest.mark.xfail(
+    strict=True, reason="a slash at the end is answered by the framework: 307 to the host that was named"
+)
 def test_case_38_a_slash_at_the_end(live: Any) -> None:
     """An address with a slash too many is an address that does not exist; the named host is not redirected to."""
     said = live.talk(b"GET /v1/models/ HTTP/1.1\r\nHost: evil.example\r\n\r\n")
