@@ -1,4 +1,4 @@
-"""What every case asks of a refusal: one code, nothing of the machine in it, no bit, and a neighbour who notices nothing."""
+"""What every case asks of a refusal: one code, nothing of the machine, no bit, and a neighbour who sees nothing."""
 
 from __future__ import annotations
 

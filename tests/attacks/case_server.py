@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def main(folder: Path) -> None:
     import torch
-    from conftest import make_server, make_tiny
 
+    from conftest import make_server, make_tiny
     from trocar.cli import connections
     from trocar.cli.address import bind
     from trocar.cli.serving import HttpServer

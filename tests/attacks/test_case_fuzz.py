@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import schemathesis
 from case_room import FRAME, JSON, World, clean, codes, frame, mint, steer, vector
+from http_room import Caller, Heard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from http_room import Caller, Heard
 
 from trocar import strict
 from trocar.api import openapi
@@ -129,19 +129,20 @@ def damaged(draw: random.Random) -> bytes:
 
 def test_case_63_damaged_frames() -> None:
     """Five thousand damaged frames, from one seed: each is read as finite arrays or refused, and memory stays."""
-    draw, taken, before = random.Random(63), 0, rss_bytes()
+    draw, taken, refusals, before = random.Random(63), 0, set[str](), rss_bytes()
     for _ in range(5000):
         raw = damaged(draw)
         try:
             _, arrays = in_time(lambda raw=raw: tensors.unpack(raw))
         except TrocarError as e:
-            assert e.code in ("bad_frame", "bad_tensor", "not_finite", "too_large"), e
+            refusals.add(e.code)
             continue
         taken += 1
         assert all(
             a.dtype == np.float32 and np.isfinite(a).all() and a.ndim in (1, 2) for a in arrays.values()
         )
     assert 0 < taken < 4000
+    assert refusals <= {"bad_frame", "bad_tensor", "not_finite", "too_large"}
     assert rss_bytes() - before < MOST_GROWTH
 
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from trocar import strict
 from trocar.errors import TrocarError
 from trocar.gate import coding
-from trocar.gate.policy import TierTerms, Tier
+from trocar.gate.policy import Tier, TierTerms
 from trocar.graph import check
 from trocar.graph.cost import Prices
 from trocar.graph.facts import ModelFacts
@@ -227,13 +227,14 @@ def test_case_20_nothing_is_stretched(world: World) -> None:
     world.refuses_json(request(last, *gate, gated, LOGPROBS), "rows_mismatch")
 
 
-SITES = ["resid_post.-1", "resid_post.4", f"resid_post.{2**31}", f"resid_post.{2**64}", "resid_post.2.0", "resid_post.'2'",
-         "resid_post", "resid_post.01", "resid_post. 1", "resid_post.1 ", "resid_post.\u0661", "resid_post.1e0",
+SITES = ["resid_post.-1", "resid_post.4", f"resid_post.{2**31}", f"resid_post.{2**64}", "resid_post.2.0",
+         "resid_post.'2'", "resid_post",
+         "resid_post.01", "resid_post. 1", "resid_post.1 ", "resid_post.\u0661", "resid_post.1e0",
          "resid_post.1\n", "resid_post.1;", "resid_post.*", "../resid_post.1", "embeddings.0"]  # fmt: skip
 PLACES = ["prompt[3]", "prompt[-4]", "prompt[99]", "prompt[0:99]", "prompt[2:1]", "prompt[1:1]", "prompt[::0]",
-          "prompt[0:2:0]", "prompt[::-1]", "prompt[-99:]", "prompt[2147483648]", "prompt[1e3]", "prompt['2']", "prompt[True]",
-          "prompt[1,1]", "prompt[\u0661]", "prompt[*]\n", "prompt[]", "prompt", "", "gen[0]", "prompt[0" + "0" * 350 + "]",
-          "span('a')", 'role("system")', 'mask("none")', "all[0]"]  # fmt: skip
+          "prompt[0:2:0]", "prompt[::-1]", "prompt[-99:]", "prompt[2147483648]", "prompt[1e3]", "prompt['2']",
+          "prompt[True]", "prompt[1,1]", "prompt[\u0661]", "prompt[*]\n", "prompt[]", "prompt", "", "gen[0]",
+          "prompt[0" + "0" * 350 + "]", "span('a')", 'role("system")', 'mask("none")', "all[0]"]  # fmt: skip
 
 
 @pytest.mark.parametrize("site", SITES, ids=ascii)
@@ -261,7 +262,8 @@ def test_case_21_layers_that_are_no_numbers(world: World, wrong: Any) -> None:
     world.refuses_json(request(stop, ROWS, capture("r")), "bad_value", "layer_out_of_range")
 
 
-NOT_SITES = ["weights", "W_E", "W_U", "lm_head", "unembed", "embed.weight", "model.embed_tokens.weight", "q_proj.weight.1",
+NOT_SITES = ["weights", "W_E", "W_U", "lm_head", "unembed", "embed.weight", "model.embed_tokens.weight",
+             "q_proj.weight.1",
              "grad.resid_post.1", "resid_post.1.grad", "resid_post.grad.1", "kv_cache.1", "optimizer", "hidden_states",
              "logits"]  # fmt: skip
 
@@ -274,7 +276,7 @@ def test_case_22_weights_and_gradients_have_no_name(world: World, site: str) -> 
 
 @pytest.fixture(scope="module")
 def secret(tiny_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Caller, Any]]:
-    """A researcher of tier external on weights that are a secret, whose policy lets rows leave under the structure rules."""
+    """A researcher of tier external on secret weights, whose policy lets rows leave under the structure rules."""
     server = guarded(tmp_path_factory.mktemp("secret"), tiny_of("closed", open_weights=False), raw="direct")
     yield Caller(server.app, mint(server, "mallory", Tier.external).secret), server
     assert server.service.check() == []
@@ -419,7 +421,7 @@ def test_case_25_activations_as_targets_are_the_weights(secret: tuple[Caller, An
 
 
 def test_case_25_no_artifact_starts_from_weights_or_leaves(world: World) -> None:
-    """No initialisation from weights, no state of an optimiser, no merged weights, and no address that hands them out."""
+    """No start from weights, no state of an optimiser, no merged weights, and no address that hands them out."""
     handle = kept(world.attacker, "resid_post.1")
     fit = {"handle": handle, "kind": "mean_diff", "labels": [i % 2 for i in range(12)]}
     for kind in ("lora", "pissa", "svd", "pca", "sae", "transcoder", "tuned_lens"):
@@ -460,7 +462,7 @@ def test_case_26_written_and_read_in_one_block(secret: tuple[Caller, Any], write
 
 
 def test_case_26_a_block_between_is_allowed_and_charged(secret: tuple[Caller, Any]) -> None:
-    """With a block or more between write and read, rows leave at their price; written later than read does not matter."""
+    """With a block or more between write and read, rows leave at their price; a later write does not matter."""
     caller, _ = secret
     vector = {"op": "tensor", "id": "v", "name": "v"}
     change = {"op": "edit.add", "id": "e", "site": "resid_post.1", "value": "v"}

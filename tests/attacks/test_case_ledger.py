@@ -1,4 +1,4 @@
-"""Cases 39 to 56: budgets under races, crashes, full disks and turned-back clocks, and a log that tells on its editor."""
+"""Cases 39 to 56: budgets under races, crashes, full disks and clocks that jump, and a log that tells on its editor."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from case_room import LOGPROBS, World, clean, codes, guarded, mint, numbers, ste
 from gate_places import place
 from gate_processes import emitted_bits, nest, start, stop_file
 from gate_room import Room, refused
+from http_room import TEXT, Caller, capture, edit, read, request
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from http_room import TEXT, Caller, capture, edit, read, request
 
 from trocar.errors import TrocarError
 from trocar.gate.chain import Head
@@ -159,7 +159,7 @@ def test_case_42_an_engine_that_dies_in_the_middle(serve: Any, tiny_of: Any, tmp
 
 
 def test_case_43_a_disk_that_fills_up(room: Room) -> None:
-    """No room for the charge on disk: nothing is emitted, the books stay in order, and it goes on when there is room."""
+    """No room for the charge on disk: nothing is emitted, the books stay in order, and it goes on with room."""
     secret = room.keys.create("lab", Tier.external, airlock_room.Role.researcher).secret
     with start("full", room.place, secret) as process:
         out, err = process.communicate(timeout=60)
@@ -301,8 +301,8 @@ def test_case_48_a_worker_that_says_something_else(
     def lying(self: Any, order: Any, watch: Any) -> Any:
         made = plain(self, order, watch)
         name, array = next((n, a) for n, a in made[0].items() if a.size > 1)
-        change = {"longer": np.concatenate([array, array]), "shorter": array[:-1], "another type": array.astype(np.float64),
-                  "not finite": np.full_like(array, np.nan)}  # fmt: skip
+        change = {"longer": np.concatenate([array, array]), "shorter": array[:-1],
+                  "another type": array.astype(np.float64), "not finite": np.full_like(array, np.nan)}  # fmt: skip
         if what == "another name":
             return [{**{n: a for n, a in made[0].items() if n != name}, "x": array}]
         if what == "one too many":
@@ -422,7 +422,7 @@ def test_case_51_one_secret_one_counter(tiny_of: Any, tmp_path: Path) -> None:
 
 
 def test_case_52_larger_limits_need_two_others(tmp_path: Path) -> None:
-    """A raise by nobody, by its author, by one person twice, or without an owner does not happen; all of it is in the log."""
+    """A raise by its author, by one person twice, or without an owner does not happen; the log has all of it."""
     room = airlock_room.Room(f"sqlite:///{tmp_path}/ledger.db")
     room.ledger.settle(held(room), 300, b"")
     ticket = room.airlock.submit_raise(room.author, room.raised())
@@ -451,7 +451,7 @@ def held(room: airlock_room.Room) -> Any:
 
 
 def test_case_53_a_text_that_ends_early(world: World) -> None:
-    """n tokens and an end cost n + 1 tokens of nine bits each, never less than was emitted and never more than planned."""
+    """n tokens and an end cost n + 1 tokens of nine bits each, never less than was emitted nor more than planned."""
     for seed in range(20):
         body = request(TEXT, prompts=["abc"], max_new_tokens=100, temperature=2.0, seed=seed)
         plan = world.attacker.post("/v1/plan", body).json["cost"]["total_bits"]
@@ -532,12 +532,15 @@ def test_case_55_three_books(world: World) -> None:
     assert numbers(heard[0]) == world.quiet
 
 
+SWAP = (
+    "UPDATE log SET seq = 1000 WHERE seq = 5; UPDATE log SET seq = 5 WHERE seq = 6; "
+    "UPDATE log SET seq = 6 WHERE seq = 1000"
+)
 TAMPERED = {
     "edited": ("UPDATE log SET charged_bits = charged_bits - 1 WHERE seq = 6", 6),
     "another time": ("UPDATE log SET time_ms = time_ms + 1 WHERE seq = 4", 4),
     "deleted": ("DELETE FROM log WHERE seq = 5", 5),
-    "reordered": ("UPDATE log SET seq = CASE seq WHEN 5 THEN 1000 ELSE seq END; UPDATE log SET seq = 5 WHERE seq = 6; "
-                  "UPDATE log SET seq = 6 WHERE seq = 1000", 5),
+    "reordered": (SWAP, 5),
 }  # fmt: skip
 
 

@@ -318,8 +318,8 @@ def polling(live: Running, count: int) -> Iterator[None]:
     body = request(TEXT, prompts=["x"] * 2000, max_new_tokens=200, stop_at_eos=False)
     with live.http("mallory") as http:
         job = http.post("/v1/runs", json=body).json()["job"]
-        ask = (f"GET /v1/jobs/{job}/result?wait_s=30 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {live.keys['mallory']}"
-               "\r\n\r\n").encode()  # fmt: skip
+        ask = (f"GET /v1/jobs/{job}/result?wait_s=30 HTTP/1.1\r\nHost: x\r\n"
+               f"Authorization: Bearer {live.keys['mallory']}\r\n\r\n").encode()  # fmt: skip
         try:
             with sockets(live, count, ask):
                 time.sleep(0.5)

@@ -61,9 +61,9 @@ def evaluators(module: ast.Module) -> Iterator[str]:
         fixed = node.args and isinstance(node.args[0], ast.Constant | ast.JoinedStr | ast.BinOp)
         if target.startswith("re.") and not fixed and target != "re.escape":
             yield f"{node.lineno}: {target} of something computed"
-        if isinstance(node.func, ast.Attribute) and node.func.attr in ("format", "format_map"):
-            if not isinstance(node.func.value, ast.Constant | ast.Name):
-                yield f"{node.lineno}: format of something computed"
+        of = node.func.value if isinstance(node.func, ast.Attribute) else None
+        if target.endswith(("format", "format_map")) and not isinstance(of, ast.Constant | ast.Name | None):
+            yield f"{node.lineno}: format of something computed"
         if target in ("vformat", "ast.literal_eval"):
             yield f"{node.lineno}: {target}"
 
@@ -74,8 +74,8 @@ def test_case_62_nothing_evaluates_what_was_sent(path: Path) -> None:
     assert list(evaluators(tree(path))) == []
 
 
-@pytest.mark.parametrize("line", ["import jinja2", "re.compile(body['pattern'])", "re.search(pattern, text)", "ast.literal_eval(x)",
-                                  "body['x']().format(secret)"])  # fmt: skip
+@pytest.mark.parametrize("line", ["import jinja2", "re.compile(body['pattern'])", "re.search(pattern, text)",
+                                  "ast.literal_eval(x)", "body['x']().format(secret)"])  # fmt: skip
 def test_case_62_an_evaluator_would_be_noticed(line: str) -> None:
     """Each kind of evaluator is found by the look above."""
     assert list(evaluators(ast.parse(line)))
@@ -110,9 +110,10 @@ def test_case_62_patterns_are_linear() -> None:
     assert found > 8
 
 
-BANNED = ["import pickle", "import cloudpickle", "import marshal", "import shelve", "import dill", "import joblib", "torch.load(x)",
-          "eval(x)", "exec(x)", "compile(x, 'f', 'exec')", "yaml.load(x)", "import subprocess", "from multiprocessing import Queue",
-          "from multiprocessing import Pipe", "import multiprocessing.connection", "multiprocessing.Pipe()"]  # fmt: skip
+BANNED = ["import pickle", "import cloudpickle", "import marshal", "import shelve", "import dill", "import joblib",
+          "torch.load(x)", "eval(x)", "exec(x)", "compile(x, 'f', 'exec')", "yaml.load(x)", "import subprocess",
+          "from multiprocessing import Queue", "from multiprocessing import Pipe", "import multiprocessing.connection",
+          "multiprocessing.Pipe()"]  # fmt: skip
 
 
 def test_case_s_every_ban_of_the_list() -> None:
@@ -245,7 +246,7 @@ def enums() -> list[type[enum.StrEnum]]:
             v
             for v in vars(module).values()
             if isinstance(v, type) and issubclass(v, enum.StrEnum) and v.__module__ == module.__name__
-        ]  # noqa: E501
+        ]
     return found
 
 
@@ -297,7 +298,8 @@ def test_case_s_words_of_requests_are_closed() -> None:
 
 
 CHOSEN = ["tests/unit/graph/test_graph_refusals.py", "tests/unit/graph/test_graph_limits.py",
-          "tests/unit/gate/test_gate_ledger.py", "tests/unit/gate/test_gate_keys.py", "tests/unit/gate/test_gate_scopes.py",
+          "tests/unit/gate/test_gate_ledger.py", "tests/unit/gate/test_gate_keys.py",
+          "tests/unit/gate/test_gate_scopes.py",
           "tests/unit/gate/test_gate_roles.py", "tests/unit/gate/test_gate_airlock_states.py"]  # fmt: skip
 
 
@@ -307,8 +309,8 @@ def test_case_s_refusals_without_assertions() -> None:
     Those of the tests are not: pytest has rewritten them to plain statements before.
     """
     env = {**os.environ, "PYTHONPATH": str(Path(trocar.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-O", "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "-k",
-               "not postgres", *CHOSEN]  # fmt: skip
+    quiet = ("-p", "no:cacheprovider", "-W", "ignore")
+    command = [sys.executable, "-O", "-W", "ignore", "-m", "pytest", "-q", *quiet, "-k", "not postgres", *CHOSEN]  # fmt: skip
     ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-2000:]
     passed = re.search(r"(\d+) passed", ran.stdout)

@@ -69,8 +69,8 @@ def test_case_28_foreign_deleted_and_random_handles(world: World) -> None:
     elsewhere = kept(eve, model="shut", prompts=["x"])
     assert mine.delete(f"/v1/handles/{gone}").status == 200
     assert world.neighbour.delete(f"/v1/handles/{before}").status == 200
-    ways = {"foreign": foreign, "random": f"act_{secrets.token_hex(16)}", "deleted": gone, "deleted by its owner": before,
-            "of another model": elsewhere}  # fmt: skip
+    ways = {"foreign": foreign, "random": f"act_{secrets.token_hex(16)}", "deleted": gone,
+            "deleted by its owner": before, "of another model": elsewhere}  # fmt: skip
     answers = {name: asked(mine, handle) for name, handle in ways.items()}
     assert {json.dumps(a) for a in answers.values()} == {json.dumps(answers["random"])}
     assert all("handle_not_found" in said for _, said in answers["random"])
@@ -214,7 +214,7 @@ def test_case_30_poison_at_every_hook(world: World, poison: str) -> None:
 
 
 def test_case_31_extreme_activations(world: World) -> None:
-    """The largest numbers that may be written, in every row of a step: no scale is shared, so no neighbour's bit moves."""
+    """The largest numbers that may be written, in every row of a step: no scale is shared, no neighbour's bit moves."""
     body = request({**LOGPROBS, "at": "prompt[*]"}, prompts=["a stranger's prompt"])
     nothing = request({**LOGPROBS}, prompts=["mallory"] * 8)
     _, quiet = together(world, lambda: world.attacker.post("/v1/runs", nothing), body)
@@ -376,8 +376,8 @@ def test_case_36_a_key_revoked_while_its_run_runs(world: World) -> None:
     assert caller.post("/v1/runs", request(LOGPROBS)).status == 401
 
 
-BAD_SECRETS = ["", "x", "trk_", "Bearer", "null", "trk_" + "0" * 16 + "_" + "A" * 43, "eyJhbGciOiJub25lIn0.e30.", "' OR 1=1 --",
-               "trk_" + "0" * 16 + "_" + "A" * 43 + "\t", "*", "trk_%00"]  # fmt: skip
+BAD_SECRETS = ["", "x", "trk_", "Bearer", "null", "trk_" + "0" * 16 + "_" + "A" * 43, "eyJhbGciOiJub25lIn0.e30.",
+               "' OR 1=1 --", "trk_" + "0" * 16 + "_" + "A" * 43 + "\t", "*", "trk_%00"]  # fmt: skip
 
 
 @pytest.mark.parametrize("secret", BAD_SECRETS, ids=ascii)
@@ -408,7 +408,8 @@ def test_case_37_a_token_is_no_wider_than_it_says(world: World, token: str) -> N
     assert caller.run(request(LOGPROBS, prompts=["abc"])).status == 200
     spent = world.spent()
     wrong = [request(LOGPROBS, model="shut"), request(read("resid_post.1"), capture("r")),
-             request(read("resid_post.2"), LOGPROBS), request({**LOGPROBS, "at": "prompt[*]"}, prompts=["x" * 200])]  # fmt: skip
+             request(read("resid_post.2"), LOGPROBS),
+             request({**LOGPROBS, "at": "prompt[*]"}, prompts=["x" * 200])]  # fmt: skip
     for body in wrong:
         heard = caller.post("/v1/runs", body)
         assert (heard.status, codes(heard)[0]) in (
@@ -518,17 +519,24 @@ def test_case_38_the_watch_hears(world: World) -> None:
     assert world.attacker.get("/healthz").status == 200
 
 
-@pytest.mark.parametrize("raw", [b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-A: b\r\n\tContent-Length: 5\r\n\r\n",
-                                 b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Request-Id: a\nSet-Cookie: b\r\n\r\n",
-                                 b"GET http://evil.example/healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n",
-                                 b"CONNECT evil.example:443 HTTP/1.1\r\nHost: evil.example\r\n\r\n",
-                                 b"GET /healthz%0d%0aSet-Cookie:%20x=1 HTTP/1.1\r\nHost: x\r\n\r\n",
-                                 b"GET /healthz HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
-                                 b"GET /healthz HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n",
-                                 b"POST /v1/runs HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
-                                 b"0\r\n\r\nGET /v1/engine HTTP/1.1\r\nHost: x\r\n\r\n"],
-                         ids=["folded", "bare line feed", "absolute", "connect", "encoded", "two hosts", "upgrade",
-                              "two lengths"])  # fmt: skip
+PLAIN = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+TWO_LENGTHS = (
+    b"POST /v1/runs HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"0\r\n\r\nGET /v1/engine HTTP/1.1\r\nHost: x\r\n\r\n"
+)
+SMUGGLED = {
+    "folded": PLAIN + b"X-A: b\r\n\tContent-Length: 5\r\n\r\n",
+    "bare line feed": PLAIN + b"X-Request-Id: a\nSet-Cookie: b\r\n\r\n",
+    "absolute": b"GET http://evil.example/healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+    "connect": b"CONNECT evil.example:443 HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+    "encoded": b"GET /healthz%0d%0aSet-Cookie:%20x=1 HTTP/1.1\r\nHost: x\r\n\r\n",
+    "two hosts": PLAIN + b"Host: b\r\n\r\n",
+    "upgrade": PLAIN + b"Upgrade: websocket\r\nConnection: upgrade\r\n\r\n",
+    "two lengths": TWO_LENGTHS,
+}
+
+
+@pytest.mark.parametrize("raw", SMUGGLED.values(), ids=SMUGGLED)
 def test_case_38_bytes_that_smuggle(live: Any, raw: bytes) -> None:
     """On a real socket: split headers, other hosts, tunnels, upgrades and two lengths never make a second answer."""
     said = live.talk(raw)
