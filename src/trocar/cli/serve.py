@@ -13,17 +13,18 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
-
-import typer
+from typing import TYPE_CHECKING, Final
 
 from trocar import errors
+from trocar.cli import serve_options as options
+from trocar.cli.audit import AnchorsOption
 from trocar.cli.folder import DataOption, Folder
+from trocar.cli.serve_options import LogLevel
 
 if TYPE_CHECKING:
     from trocar.gate.gate import Gate
+    from trocar.gate.policy import Policy
     from trocar.service.compose import Assembly
 
 DEFAULT_MODEL: Final = "smollm2-135m-instruct"
@@ -37,14 +38,6 @@ NO_TLS: Final = (
 )
 
 
-class LogLevel(StrEnum):
-    """How much of the server's own doings goes to stderr; prompts and results never do."""
-
-    error = "error"
-    warning = "warning"
-    info = "info"
-
-
 @dataclass(frozen=True, slots=True)
 class Access:
     """How a user gets in: the sentences to print, and whether the SDK finds address and key by itself."""
@@ -54,31 +47,18 @@ class Access:
 
 
 def serve(
-    model: Annotated[
-        list[str], typer.Option(metavar="NAME", help="Model to serve; repeat it for several.")
-    ] = [DEFAULT_MODEL],  # noqa: B006 - typer copies it
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = DEFAULT_PORT,
+    model: options.Models = [DEFAULT_MODEL],  # noqa: B006 - typer copies it
+    host: options.Host = "127.0.0.1",
+    port: options.Port = DEFAULT_PORT,
     data: DataOption = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Torch threads; torch's choice by default.")
-    ] = None,
-    step_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Tokens in one forward pass (256): fewer answer sooner, more take less time each."
-        ),
-    ] = None,
-    kv_gib: Annotated[
-        float | None, typer.Option(min=0.01, help="Memory for keys and values of each model, in GiB (2).")
-    ] = None,
-    log_level: Annotated[LogLevel, typer.Option(help="What goes to stderr.")] = LogLevel.warning,
-    save_key: Annotated[
-        bool, typer.Option("--save-key", help="Write address and key to the SDK's config file.")
-    ] = False,
-    ready_file: Annotated[
-        Path | None, typer.Option(help="Write {url, pid} there when the server answers.")
-    ] = None,
+    policy: options.PolicyFile = None,
+    anchors: AnchorsOption = None,
+    threads: options.Threads = None,
+    step_tokens: options.StepTokens = None,
+    kv_gib: options.KvGib = None,
+    log_level: options.Level = LogLevel.warning,
+    save_key: options.SaveKey = False,
+    ready_file: options.ReadyFile = None,
 ) -> None:
     """Serve models over HTTP until SIGTERM or Ctrl-C."""
     from trocar.cli.address import bind, is_loopback, write_ready
@@ -96,7 +76,8 @@ def serve(
         if ready_file is not None:
             ready_file.unlink(missing_ok=True)
             stack.callback(ready_file.unlink, missing_ok=True)
-        gate = _open_gate(folder, stack)
+        rules = Rulebook(policy or folder.policy, named=policy is not None)
+        gate = _open_gate(folder, rules, anchors or folder.anchors, stack)
         secret = _saved_secret(gate) if save_key else None
 
         def on_ready() -> None:
@@ -107,7 +88,7 @@ def serve(
         assembly = _load(model, folder, gate, Sizes(threads, step_tokens, kv_gib))
         from trocar.cli.serving import HttpServer
 
-        server = HttpServer(assembly, log_level, on_ready)
+        server = HttpServer(assembly, log_level, on_ready, lambda: gate.change_policy(rules.read()))
         _print_start(assembly, address.url, _access(gate, address.url, secret, save_key))
         server.serve_until_stopped(address)
 
@@ -128,10 +109,28 @@ def _require_models(names: Sequence[str]) -> None:
         raise errors.refuse("bad_argument", "model", reason, next_step="Serve them from two processes.")
 
 
-def _open_gate(folder: Folder, stack: ExitStack) -> Gate:
+@dataclass(frozen=True, slots=True)
+class Rulebook:
+    """The policy file of a server.
+
+    Attributes:
+        named: whether the operator named it; one that only might be there may be absent.
+    """
+
+    path: Path
+    named: bool
+
+    def read(self) -> Policy:
+        from trocar.cli.policy import read_file
+        from trocar.gate.policy import Policy
+
+        return read_file(self.path) if self.named or self.path.exists() else Policy()
+
+
+def _open_gate(folder: Folder, rules: Rulebook, anchors: Path, stack: ExitStack) -> Gate:
     from trocar.gate.gate import Gate
 
-    gate = Gate(folder.ledger_url)
+    gate = Gate(folder.ledger_url, rules.read(), anchors=anchors, secrets=folder.root)
     stack.callback(gate.close)
     return gate
 

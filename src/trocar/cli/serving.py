@@ -19,6 +19,7 @@ from typing import Final
 import uvicorn
 from anyio import to_thread
 
+from trocar import errors
 from trocar.api.app import create_app
 from trocar.cli.address import Address
 from trocar.cli.connections import Connection
@@ -35,15 +36,23 @@ LATE: Final = "stopped before the running batch or fit ended: the next start cha
 class HttpServer(uvicorn.Server):
     """uvicorn, with our beginning and our end."""
 
-    def __init__(self, assembly: Assembly, log_level: str, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        assembly: Assembly,
+        log_level: str,
+        on_ready: Callable[[], None],
+        reload: Callable[[], None],
+    ) -> None:
         super().__init__(_config(assembly, log_level))
         self._assembly = assembly
         self._on_ready = on_ready
+        self._reload = reload
         self._stopping = threading.Event()
         self._closed = threading.Event()
 
     def serve_until_stopped(self, address: Address) -> None:
         """Serves until SIGTERM or SIGINT, then closes everything. Call it on the main thread."""
+        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=self._reread, daemon=True).start())
         try:
             self.run(sockets=[address.socket])
         except KeyboardInterrupt:
@@ -70,6 +79,14 @@ class HttpServer(uvicorn.Server):
             self._stopping.set()
             threading.Thread(target=self._watch, name="trocar-grace", daemon=True).start()
         super().handle_exit(sig, frame)
+
+    def _reread(self) -> None:
+        """Takes the policy file as it is now; one that cannot be used, or was not approved, changes nothing."""
+        try:
+            self._reload()
+            print("policy read again", flush=True)
+        except errors.TrocarError as e:
+            print(f"the policy stays as it was: {e}", file=sys.stderr, flush=True)
 
     def _watch(self) -> None:
         """Ends the process when the grace is over; threads that nobody can interrupt would keep it."""
