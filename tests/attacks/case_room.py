@@ -101,12 +101,17 @@ class World:
         found = [a for a in self.server.service.gate.ledger.balances() if mine in a.owner]
         return {a.lineage: a.charged_bits + a.held_bits for a in found if a.charged_bits + a.held_bits}
 
+    def rest(self) -> None:
+        """As if a minute had passed: a key that was refused too often in one would be told to wait."""
+        self.server.service._pace._buckets.clear()
+
     def refuses(self, attack: Callable[[], Heard], *expected: str, status: int | None = None) -> Heard:
         """Runs an attack that must be refused before a model is touched, while the stranger runs beside it.
 
         Checks the code, the shape and the words of the refusal, that it is free, that only the stranger's own
         forward passes happened, and that the stranger's numbers keep every bit.
         """
+        self.rest()
         forwards, spent = self.server.forwards(), self.spent()
         job = self.neighbour.post("/v1/runs", self.body).json["job"]
         try:

@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
         partial.write_text(json.dumps({"url": address.url, "keys": keys, "pid": os.getpid()}))
         partial.replace(folder / "ready.json")
 
-    HttpServer(Assembly(made.service, (), ()), "warning", ready).serve_until_stopped(address)
+    HttpServer(Assembly(made.service, (), ()), "warning", ready, lambda: None).serve_until_stopped(address)
 
 
 if __name__ == "__main__":

@@ -457,7 +457,7 @@ def test_case_26_written_and_read_in_one_block(secret: tuple[Caller, Any], write
     vector = {"op": "tensor", "id": "v", "name": "v"}
     change = {"op": how, "id": "e", "site": write, **({"by": 2.0} if how == "edit.scale" else {"value": "v"})}
     heard = asked(caller, vector, change, read("resid_mid.3", "prompt[*]"), raw("r"), v=np.eye(32)[3])
-    assert (heard.status, codes(heard)) == (422, ["policy"])
+    assert (heard.status, codes(heard)) == (403, ["policy"])
     assert "blocks after the last write" in heard.refusal["reason"]
 
 

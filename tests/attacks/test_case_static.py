@@ -310,7 +310,8 @@ def test_case_s_refusals_without_assertions() -> None:
     """
     env = {**os.environ, "PYTHONPATH": str(Path(trocar.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     quiet = ("-p", "no:cacheprovider", "-W", "ignore")
-    command = [sys.executable, "-O", "-W", "ignore", "-m", "pytest", "-q", *quiet, "-k", "not postgres", *CHOSEN]  # fmt: skip
+    pytest_run = [sys.executable, "-O", "-W", "ignore", "-m", "pytest", "-q", *quiet]
+    command = [*pytest_run, "-k", "not postgres", *CHOSEN]
     ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-2000:]
     passed = re.search(r"(\d+) passed", ran.stdout)
