@@ -331,7 +331,13 @@ def budget_table() -> str:
         ("raw rows of width 4,096 at 8 bits, through the airlock", LARGE.d_model * 8 + 16),
     )
     rows = [
-        "| one of these | bits | 8B (" + _bytes(8) + ") | 70B (" + _bytes(70) + ") | 405B (" + _bytes(405) + ") |",
+        "| one of these | bits | 8B ("
+        + _bytes(8)
+        + ") | 70B ("
+        + _bytes(70)
+        + ") | 405B ("
+        + _bytes(405)
+        + ") |",
         "|---|---|---|---|---|",
     ]
     for name, bits in bought:
@@ -351,11 +357,10 @@ def _bytes(billions: int) -> str:
 
 def policy_table() -> str:
     """Every setting of the default policy with its meaning."""
-    meanings = policy_file.meanings()
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for path, value in policy_file.settings(Policy()):
         if not path.startswith("people.tiers."):
-            rows.append(f"| `{path}` | {value} | {meanings.get(path, '')} |")
+            rows.append(f"| `{path}` | {value} | {policy_file.meaning(path)} |")
     return "\n".join(rows) + "\n"
 
 
