@@ -254,7 +254,7 @@ def cell(loaded: Any, folder: Path, policy: Policy | None = None) -> Iterator[Ce
     gate, store = Gate(f"sqlite:///{folder / 'ledger.db'}", policy), Store(folder / "store")
     engine = BentEngine(HFEngine(loaded))
     worker = BentWorker(LocalWorker(loaded, engine, store))
-    service = Service([Model(engine.facts, loaded.text, worker)], gate, (store,))
+    service = Service([Model(engine.facts, loaded.text, worker, engine.name)], gate, (store,))
     try:
         yield Cell(service, engine, worker, create_app(service))
     finally:
