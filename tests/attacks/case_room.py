@@ -167,7 +167,7 @@ def guarded(root: Path, *loaded: Any, **people: Any) -> Any:
     from trocar.service.compose import local_service
     from trocar.store import Store
 
-    terms = {"life_ppm": 900_000, "day_ppm": 900_000, "rank_ppm": 1_000_000, "tick_ms": 0, **people}
+    terms = {"life_ppm": 900_000, "day_ppm": 900_000, "rank_ppm": 1_000_000, "tick_ms": 1, **people}
     policy = Policy.model_validate(
         {"people": {"tiers": {"external": terms}}, "data": {"lineage_day_ppm": 900_000}}
     )

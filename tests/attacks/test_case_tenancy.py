@@ -563,9 +563,6 @@ def test_case_38_bytes_that_smuggle(live: Any, raw: bytes) -> None:
     assert live.healthy()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a slash at the end is answered by the framework: 307 to the host that was named"
-)
 def test_case_38_a_slash_at_the_end(live: Any) -> None:
     """An address with a slash too many is an address that does not exist; the named host is not redirected to."""
     said = live.talk(b"GET /v1/models/ HTTP/1.1\r\nHost: evil.example\r\n\r\n")
