@@ -44,11 +44,6 @@ def steer(*more: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return request(*nodes, LOGPROBS, *more)
 
 
-def spoken(body: Any) -> str:
-    """Everything that a refusal says, as one text."""
-    return json.dumps(body, ensure_ascii=False)
-
-
 def clean(heard: Heard, *forbidden: str) -> None:
     """Nothing of the inside of the server is in an answer."""
     said = heard.body.decode("utf-8", "replace")
@@ -140,9 +135,6 @@ class World:
         return self.refuses(
             lambda: self.attacker.send("POST", route, content=raw, headers=dict(headers)), *expected
         )
-
-    def refuses_nodes(self, *nodes: dict[str, Any] | Any, codes: tuple[str, ...], **more: Any) -> Heard:
-        return self.refuses_json(request(*nodes, **more), *codes)
 
 
 @dataclass(frozen=True)
