@@ -22,7 +22,7 @@ import numpy.typing as npt
 from sqlalchemy import Connection
 
 from trocar import errors
-from trocar.gate import airlock_records, chain, checks, keys, manifest, packing, plain_text, roles
+from trocar.gate import airlock_records, chain, checks, keys, manifest, plain_text, roles
 from trocar.gate.airlock_desk import OPEN, Desk, Rules, actor_of
 from trocar.gate.airlock_records import Ticket
 from trocar.gate.airlock_request import ExportAsk, ExportFacts, RaiseAsk, RaiseFacts, Request
@@ -39,6 +39,7 @@ from trocar.gate.policy import Lineage, Role, Tier
 from trocar.gate.roles import Power
 from trocar.graph import linear_maps
 from trocar.sites import Site
+from trocar.wire import packing
 
 LEAST_REASON: Final = 10
 _ANY_ACCOUNT: Final = (Role.owner, Role.operator)
@@ -296,7 +297,8 @@ class Airlock(Desk):
 
 
 def _frozen(ask: ExportAsk, terms: ExportTerms) -> bytes:
-    return b"".join(packing.pack(sent.rows, terms.vector_bits) for sent in ask.parts)
+    packed = (packing.pack(sent.rows, terms.vector_bits) for sent in ask.parts)
+    return b"".join(map(packing.to_bytes, packed))
 
 
 def _left_before(connection: Connection, lineage: Lineage) -> tuple[Site, ...]:
@@ -318,12 +320,13 @@ def _exposure(lineage: Lineage, what: ExportFacts) -> Exposure:
 
 
 def _tensors(what: ExportFacts, frozen: bytes) -> dict[str, npt.NDArray[np.generic]]:
-    """The frozen bytes as named arrays, without a copy."""
+    """The frozen bytes as named arrays: codes as they are, and of each row's scale what a step is worth."""
     tensors: dict[str, npt.NDArray[np.generic]] = {}
     start = 0
     for part in what.parts:
         size = packing.packed_bytes(part.rows, part.width, what.bits)
-        scales, codes = packing.split(frozen[start : start + size], part.rows, part.width, what.bits)
-        tensors |= {f"{part.name}:codes": codes, f"{part.name}:scales": scales}
+        packed = packing.from_bytes(frozen[start : start + size], part.rows, part.width, what.bits)
+        tensors[f"{part.name}:codes"] = packing.codes(packed, part.width, what.bits)
+        tensors[f"{part.name}:scales"] = packing.step_of(packed.scales, what.bits)
         start += size
     return tensors

@@ -16,12 +16,16 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from trocar.gate import packing, plain_text
+from trocar import errors
+from trocar.gate import plain_text
 from trocar.graph import linear_maps
 from trocar.graph.labels import Label
 from trocar.graph.linear_maps import LINEAR_MAPS, LinearMap
 from trocar.sites import Site
+from trocar.wire import packing
 
+WIDTHS: Final = (4, 8)
+"""Bits of one number that may leave: none is finer, whatever the tier."""
 MOST_PARTS: Final = 1024
 MOST_TEXTS: Final = 256
 _FEW_ROWS: Final = 8
@@ -104,7 +108,7 @@ class Numbers:
     """What the checks know of a part's numbers.
 
     Attributes:
-        finite: whether all of them are.
+        finite: whether all of them are, and none is too large to be rounded.
         one_hot_columns: columns in which a single number is nearly all.
     """
 
@@ -173,7 +177,10 @@ class ExportTerms:
     rows_reviewed: bool = True
 
     def __post_init__(self) -> None:
-        packing.row_bytes(1, self.vector_bits)
+        if self.vector_bits not in WIDTHS:
+            raise errors.refuse(
+                "bad_value", "bits", f"a number leaves in 4 or 8 bits, not {self.vector_bits!r}"
+            )
 
     def packed_bytes(self, description: Description) -> int:
         """Bytes of all parts as they would leave."""
@@ -208,7 +215,7 @@ def check(description: Description, terms: ExportTerms) -> Checked:
 
 def measure(values: npt.NDArray[Any]) -> Numbers:
     """The facts about an array `[rows, width]` that the checks use."""
-    if not np.isfinite(values).all():
+    if not (np.abs(values) < packing.LARGEST).all():  # also true for NaN
         return Numbers(finite=False, one_hot_columns=0)
     if len(values) < _FEW_ROWS:
         return Numbers(finite=True, one_hot_columns=0)
