@@ -204,7 +204,7 @@ class AsyncTicket:
             rows.append(["price", bits_text(told.price_bits) + share])
         rows += [[reason.code, f"{reason.path}: {reason.text}"] for reason in told.reasons]
         rows.append(["expires", told.expires])
-        return f"Ticket {told.ticket} ({told.kind}): {told.state}", ["what", ""], rows
+        return f"Ticket {told.ticket} ({told.kind}): {told.state}", ["what", "told"], rows
 
 
 class Ticket:

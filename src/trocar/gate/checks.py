@@ -29,6 +29,7 @@ WIDTHS: Final = (4, 8)
 MOST_PARTS: Final = 1024
 MOST_TEXTS: Final = 256
 _FEW_ROWS: Final = 8
+_BLOCK: Final = 256
 _ONE_HOT: Final = 0.99
 """A column is like a unit vector when one number holds this share of its squares."""
 
@@ -232,8 +233,11 @@ def measure(values: npt.NDArray[Any]) -> Numbers:
         return Numbers(finite=False, one_hot_columns=0)
     if len(values) < _FEW_ROWS:
         return Numbers(finite=True, one_hot_columns=0)
-    squares = values.astype(np.float64) ** 2
-    alone = (squares.max(axis=0) >= _ONE_HOT * squares.sum(axis=0)) & (squares.max(axis=0) > 0)
+    most, total = np.zeros(values.shape[1]), np.zeros(values.shape[1])
+    for i in range(0, len(values), _BLOCK):  # in between, a number takes eight bytes
+        squares = values[i : i + _BLOCK].astype(np.float64) ** 2
+        most, total = np.maximum(most, squares.max(axis=0)), total + squares.sum(axis=0)
+    alone = (most >= _ONE_HOT * total) & (most > 0)
     return Numbers(finite=True, one_hot_columns=int(alone.sum()))
 
 

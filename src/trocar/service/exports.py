@@ -7,6 +7,7 @@ reviewers see everything. The file is charged by the airlock. Nothing here decid
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -53,6 +54,7 @@ class Exports:
     def __init__(self, gate: Gate, models: Mapping[str, Model]) -> None:
         self._gate = gate
         self._models = models
+        self._turn = threading.Lock()  # numbers of one request at a time: they may fill much memory
 
     # ---- asking ----
 
@@ -88,9 +90,10 @@ class Exports:
         if isinstance(hold, Released):
             return hold
         try:
-            arrays = model.worker.numbers(order)
-            schema.require(arrays, order.fields)
-            ticket = self._gate.airlock.submit(principal, _ask(request, of, lineage, order, arrays))
+            with self._turn:
+                arrays = model.worker.numbers(order)
+                schema.require(arrays, order.fields)
+                ticket = self._gate.airlock.submit(principal, _ask(request, of, lineage, order, arrays))
             view = self._seen(principal, ticket.id)
             return self._gate.release(hold, lambda press: press.ticket(view, cost))
         except BaseException:

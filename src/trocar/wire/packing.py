@@ -28,6 +28,8 @@ LARGEST: Final = 1e38
 _SCALE_BYTES: Final = SCALE_BITS // 8
 _DROP: Final = 24 - 1 - 8
 _TINY: Final = np.float32(2.0**-100)
+_BLOCK: Final = 1 << 20
+"""Numbers that are rounded at once: in between they are eight bytes each."""
 _STORED: Final = {4: "<u1", 8: "<i1", 16: "<i2", 32: "<f4"}
 
 
@@ -93,10 +95,9 @@ def pack(rows: F32, bits: int) -> Packed:
         return Packed(np.ascontiguousarray(rows, dtype="<f4").tobytes(), np.zeros(0, np.float32))
     if not (np.abs(rows) < LARGEST).all():  # also true for NaN
         raise errors.refuse("rows_not_finite", "values", f"numbers must be finite and below {LARGEST:g}")
-    scales = scale_of(rows)
-    steps = to_steps(rows, scales, bits)
-    stored = _nibbles(steps) if bits == 4 else steps.astype(_STORED[bits])
-    return Packed(stored.tobytes(), scales)
+    scales, each = scale_of(rows), max(1, _BLOCK // rows.shape[1])
+    blocks = (slice(i, i + each) for i in range(0, len(rows), each))
+    return Packed(b"".join(_stored(rows[block], scales[block], bits) for block in blocks), scales)
 
 
 def unpack(packed: Packed, width: int, bits: int) -> F32:
@@ -158,6 +159,11 @@ def _most(bits: int) -> int:
 def _require_width(bits: int) -> None:
     if bits not in WIDTHS:
         raise errors.refuse("bad_bits", "bits", f"rows leave with 4, 8, 16 or 32 bits per number, not {bits}")
+
+
+def _stored(rows: F32, scales: F32, bits: int) -> bytes:
+    steps = to_steps(rows, scales, bits)
+    return (_nibbles(steps) if bits == 4 else steps.astype(_STORED[bits])).tobytes()
 
 
 def _nibbles(steps: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:

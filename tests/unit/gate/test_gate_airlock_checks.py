@@ -219,6 +219,14 @@ def test_columns_like_unit_vectors_are_counted() -> None:
     assert measure(np.eye(7, dtype=np.float32)).one_hot_columns == 0  # too few rows to tell
 
 
+def test_columns_are_counted_over_all_rows() -> None:
+    """Also where the rows are looked at in several goes."""
+    tall = np.zeros((700, 3), np.float32)
+    tall[[1, 699], 0] = 1.0  # two numbers, far apart: not alone
+    tall[300, 1] = 1.0
+    assert measure(tall).one_hot_columns == 1
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_one_number_that_is_none_is_found(bad: float) -> None:
     values = np.ones((9, 9), np.float32)

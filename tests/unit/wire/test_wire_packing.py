@@ -232,3 +232,13 @@ def test_bytes_of_another_length_are_refused(bits: int) -> None:
         assert caught.value.code == "bad_bits"
     with pytest.raises(errors.ServerFault):
         from_bytes(raw, 2, 3, 5)
+
+
+def test_many_rows_are_packed_in_several_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).normal(size=(23, 5)).astype(np.float32)
+    for bits in (4, 8, 16):
+        whole = to_bytes(pack(rows, bits))
+        for block in (1, 7, 11):
+            monkeypatch.setattr(packing, "_BLOCK", block)
+            assert to_bytes(pack(rows, bits)) == whole
+        monkeypatch.undo()
