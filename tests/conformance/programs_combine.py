@@ -319,6 +319,7 @@ def outputs(w: Writer) -> None:
     for made in [k for k in w.pool if k.content != "wide" and own(k)][-3:]:
         w.add(ops.Score(id=f"score_{made.id}", of=made.id))
     _captures(w)
+    _raw(w)
     for verb in w.rng.sample([_lens, _metric, _pattern, _probe], 2):
         verb(w)
 
@@ -329,6 +330,13 @@ def _captures(w: Writer) -> None:
         same = {k.site: k.id for k in reads if k.at == at}
         mean = not in_generated(at or "") and w.rng.random() < 0.3
         w.add(ops.Capture(id=w.name("k"), of=tuple(same.values()), reduce="mean" if mean else "none"))
+
+
+def _raw(w: Writer) -> None:
+    reads = [k for k in w.pool if k.plain]
+    if reads and w.rng.random() < 0.3:
+        same = {k.site: k.id for k in reads if k.at == reads[-1].at}
+        w.add(ops.Raw(id="raw", of=tuple(same.values())))
 
 
 def _lens(w: Writer) -> None:

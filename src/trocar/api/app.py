@@ -17,6 +17,7 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -81,11 +82,14 @@ async def read_body(request: Request) -> bytes:
     if request.headers.get("content-encoding", "identity") != "identity":
         raise errors.refuse("bad_json", "$", "compressed bodies are not read")
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise errors.refuse("too_large", "$", f"the body is larger than {MAX_BODY_BYTES} bytes")
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > MAX_BODY_BYTES:
+                raise errors.refuse("too_large", "$", f"the body is larger than {MAX_BODY_BYTES} bytes")
+            parts.append(part)
+    except ClientDisconnect:
+        raise errors.refuse("bad_json", "$", "the client hung up before the body ended") from None
     return b"".join(parts)
 
 
@@ -303,6 +307,7 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
         openapi_url=None,
     )
+    app.router.redirect_slashes = False  # a redirect would name a host that the client chose
     app.state.service = service
     app.state.waiters = CapacityLimiter(WAITERS)
     app.include_router(router)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib.resources import files
 from typing import Any, Final
 
+from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
@@ -66,9 +68,11 @@ def describe(app: FastAPI) -> dict[str, Any]:
 def mount(app: FastAPI, answer: Callable[[Released, str], Response]) -> None:
     """Adds `/openapi.json` and `/docs`."""
 
+    made = cache(lambda: release.document(describe(app)))  # once: it takes longer than most requests
+
     @app.get("/openapi.json", include_in_schema=False)
     async def document(request: Request) -> Response:
-        return answer(release.document(describe(app)), request.state.request_id)
+        return answer(await to_thread.run_sync(made), request.state.request_id)
 
     @app.get("/docs", include_in_schema=False)
     async def page() -> Response:

@@ -56,6 +56,7 @@ def serve(
     threads: options.Threads = None,
     step_tokens: options.StepTokens = None,
     kv_gib: options.KvGib = None,
+    tenant_gib: options.TenantGib = 64.0,
     log_level: options.Level = LogLevel.warning,
     save_key: options.SaveKey = False,
     ready_file: options.ReadyFile = None,
@@ -85,7 +86,7 @@ def serve(
                 write_ready(ready_file, address.url)
             print(f"trocar ready {address.url}", flush=True)
 
-        assembly = _load(model, folder, gate, Sizes(threads, step_tokens, kv_gib))
+        assembly = _load(model, folder, gate, Sizes(threads, step_tokens, kv_gib, tenant_gib))
         from trocar.cli.serving import HttpServer
 
         server = HttpServer(assembly, log_level, on_ready, lambda: gate.change_policy(rules.read()))
@@ -142,6 +143,7 @@ class Sizes:
     threads: int | None
     step_tokens: int | None
     kv_gib: float | None
+    tenant_gib: float
 
 
 def _load(names: Sequence[str], folder: Folder, gate: Gate, sizes: Sizes) -> Assembly:
@@ -156,6 +158,7 @@ def _load(names: Sequence[str], folder: Folder, gate: Gate, sizes: Sizes) -> Ass
         threads=sizes.threads,
         step_tokens=sizes.step_tokens,
         kv_bytes=kv_bytes,
+        tenant_bytes=int(sizes.tenant_gib * (1 << 30)),
     )
 
 

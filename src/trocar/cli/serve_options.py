@@ -30,6 +30,7 @@ StepTokens = Annotated[
 KvGib = Annotated[
     float | None, typer.Option(min=0.01, help="Memory for keys and values of each model, in GiB (2).")
 ]
+TenantGib = Annotated[float, typer.Option(min=0.001, help="What one tenant may keep in the store, in GiB.")]
 Level = Annotated[LogLevel, typer.Option(help="What goes to stderr.")]
 SaveKey = Annotated[bool, typer.Option("--save-key", help="Write address and key to the SDK's config file.")]
 ReadyFile = Annotated[Path | None, typer.Option(help="Write {url, pid} there when the server answers.")]

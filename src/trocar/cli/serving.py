@@ -22,6 +22,7 @@ from anyio import to_thread
 from trocar import errors
 from trocar.api.app import create_app
 from trocar.cli.address import Address
+from trocar.cli.connections import Connection
 from trocar.service.compose import Assembly, spare_collector
 
 GRACE_S: Final = 4.5
@@ -99,7 +100,7 @@ def _config(assembly: Assembly, log_level: str) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(assembly.service),
         loop="asyncio",
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,

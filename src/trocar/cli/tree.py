@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from trocar import __version__, errors
-from trocar.cli import airlock, audit, key, ledger, model, policy
+from trocar.cli import airlock, attack, audit, key, ledger, model, policy
 from trocar.cli.demonstrate import demo
 from trocar.cli.doctor import doctor
 from trocar.cli.ops import ops
@@ -77,6 +77,7 @@ def command() -> Any:
         airlock.apply,
         airlock.verify,
     )
+    _noun(root, "attack", "Attempts to steal weights, made to be stopped.", attack.run)
     root.command()(ops)
     root.command()(doctor)
     return typer.main.get_command(root)

@@ -7,7 +7,9 @@ prices, payers and limits here; what they mean, the other files of this room kno
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,7 +65,8 @@ class Gate:
         secrets: folder of the key that signs exports; None for a key that lives as long as this object.
 
     Raises:
-        PolicyRefusal: `policy_loosened` for a policy that lets more leave than the last one, without approvals.
+        PolicyRefusal: `policy_loosened` for a policy that lets more leave than the last one, without approvals;
+            `limit_changed` for another `lineage_tier`.
         ServerFault: `ledger_unavailable`, `ledger_rolled_back`.
     """
 
@@ -78,24 +81,25 @@ class Gate:
     ) -> None:
         self.policy = policy or Policy()
         self._cap = Tier(self.policy.data.lineage_tier) if cap is None else cap
-        self._secrets = secrets
-        self._database = Database(url)
-        try:
+        self._changing = threading.Lock()
+        with ExitStack() as opened:
+            self._database = Database(url)
+            opened.callback(self._database.close)
             self.keys = Keys(self._database)
             self.handles = Handles(self._database)
             self.ledger = Ledger(self._database, overhead_bits=self.policy.overhead_bits, anchors=anchors)
+            opened.callback(self.ledger.close)
+            self._signer = SigningKey.made() if secrets is None else SigningKey.in_folder(secrets)
             policy_log.adopt(self._database, self.policy)
-            self.airlock = self._airlock(secrets)
-        except BaseException:
-            self._database.close()
-            raise
+            self.airlock = self._airlock()
+            self._opened = opened.pop_all()
 
-    def _airlock(self, secrets: Path | None) -> Airlock:
+    def _airlock(self) -> Airlock:
         said = self.policy.outputs.airlock
         return Airlock(
             self._database,
             self.ledger,
-            SigningKey.made() if secrets is None else SigningKey.in_folder(secrets),
+            self._signer,
             lambda principal, lineage: Paying(
                 self._payers(principal, lineage), self.policy.lineage_limits(lineage)
             ),
@@ -110,16 +114,18 @@ class Gate:
         """Goes on under another policy; what was admitted before ends at its own prices.
 
         Raises:
-            PolicyRefusal: `policy_loosened`; `limit_changed` for another overhead, which needs a new start.
+            PolicyRefusal: `policy_loosened`; `limit_changed` for another overhead, which needs a new start, or
+                another `lineage_tier`, which needs a new ledger.
         """
         if policy.overhead_bits != self.policy.overhead_bits:
             reason = f"overhead_bits would be {policy.overhead_bits}, not {self.policy.overhead_bits}"
             raise errors.refuse(
                 "limit_changed", "outputs.overhead_bits", reason, next_step="Start the server anew."
             )
-        policy_log.adopt(self._database, policy)
-        self.policy = policy
-        self.airlock = self._airlock(self._secrets)
+        with self._changing:  # what holds is what the log says last
+            policy_log.adopt(self._database, policy)
+            self.policy = policy
+            self.airlock = self._airlock()
 
     # ---- what the policy says of somebody ----
 
@@ -192,6 +198,22 @@ class Gate:
 
     # ---- one request ----
 
+    def require_allowed(self, principal: Principal, facts: ModelFacts, cost: Cost, use: Use) -> None:
+        """Refuses what role, tier or scope do not allow, whatever is left of any budget.
+
+        Raises:
+            PolicyRefusal: `out_of_scope`, or `not_allowed` for a role that runs nothing and for an open-tier key on
+                weights that are not open.
+            AuthError: `bad_key`.
+        """
+        roles.require(principal.role, Power.run)
+        if principal.tier is Tier.open and not facts.open_weights:
+            reason = f"the weights of {facts.name!r} are not open, and the key's tier 'open' has no cap"
+            raise errors.refuse("not_allowed", "", reason)
+        principal.scope.require(
+            model=facts.name, ops=use.ops, sites=use.sites, bits=cost.total_bits, now_ms=chain.now_ms()
+        )
+
     def reserve(
         self,
         principal: Principal,
@@ -209,19 +231,11 @@ class Gate:
             use: what it touches and exposes.
 
         Raises:
-            PolicyRefusal: `budget_exhausted`, `rank_exhausted`, `policy`, `out_of_scope`, `lineage_frozen`, or
-                `not_allowed` for a role that runs nothing and for an open-tier key on weights that are not open;
-                nothing is spent.
+            PolicyRefusal: `budget_exhausted`, `rank_exhausted`, `policy`, `lineage_frozen`, and those of
+                `require_allowed`; nothing is spent.
             Conflict: `idempotency_conflict`, `still_running`.
         """
-        roles.require(principal.role, Power.run)
-        if principal.tier is Tier.open and not facts.open_weights:
-            reason = f"the weights of {facts.name!r} are not open, and the key's tier 'open' has no cap"
-            raise errors.refuse("not_allowed", "", reason)
-        now_ms = chain.now_ms()
-        principal.scope.require(
-            model=facts.name, ops=use.ops, sites=use.sites, bits=cost.total_bits, now_ms=now_ms
-        )
+        self.require_allowed(principal, facts, cost, use)
         lineage = self.lineage(facts)
         admitted = self.ledger.reserve(
             principal,
@@ -297,8 +311,7 @@ class Gate:
         return [*self.ledger.check(), *self.airlock.check()]
 
     def close(self) -> None:
-        self.ledger.close()
-        self._database.close()
+        self._opened.close()
 
 
 def _entry(entry: Entry) -> r.LedgerEntryView:

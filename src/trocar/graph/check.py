@@ -6,7 +6,7 @@ one refusal. What it returns is all that the engine may use: resolved rows, toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,6 +24,7 @@ MAX_FLOPS: Final = 10**16
 MAX_NODE_PROMPTS: Final = 1_000_000
 MAX_REFUSALS: Final = 20
 MAX_HELD_BYTES: Final = 1 << 30
+MAX_REFERENCES: Final = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ def check(program: Program, scope: Scope, prices: Prices) -> Checked:
 
     Raises:
         ProgramError: with the first `MAX_REFUSALS` refusals found, each with a JSON path into the request.
+        PolicyRefusal: the same, when only rules for rows are broken.
     """
     _check_prompts(scope)
     _check_size(program, scope)
@@ -108,8 +110,14 @@ def check(program: Program, scope: Scope, prices: Prices) -> Checked:
     if not any(n.op in OUTPUTS for n in program.nodes):
         found.append(errors.refusal("nothing_returned", "program.nodes", "the program has no output node"))
     if found:
-        raise errors.ProgramError(found[:MAX_REFUSALS])
+        raise failed(found)
     return _accept(program, walk, prices)
+
+
+def failed(found: Sequence[errors.Refusal]) -> errors.TrocarError:
+    """A program's refusals as one exception: of policy when nothing else is wrong with the program."""
+    policy = all(errors.kind_of(r.code) is errors.PolicyRefusal for r in found)
+    return (errors.PolicyRefusal if policy else errors.ProgramError)(found[:MAX_REFUSALS])
 
 
 def _check_prompts(scope: Scope) -> None:
@@ -139,6 +147,12 @@ def _check_prompts(scope: Scope) -> None:
 
 def _check_size(program: Program, scope: Scope) -> None:
     """Bounds the checker's own work before it starts."""
+    references = sum(len(of) for n in program.nodes if isinstance(of := getattr(n, "of", None), tuple))
+    if references > MAX_REFERENCES:
+        raise errors.refuse(
+            "too_many_nodes", "program.nodes",
+            f"the outputs name {references} values; one program names at most {MAX_REFERENCES}",
+        )  # fmt: skip
     size = len(program.nodes) * len(scope.lengths)
     if size > MAX_NODE_PROMPTS:
         raise errors.refuse(
@@ -255,8 +269,8 @@ def _price(program: Program, walk: Walk, depth: int, prices: Prices) -> Cost:
         row = SPEC[node.op]
         if row.bits is not None:
             bits[node.id] = row.bits(node, walk, prices)
-        if row.flops is not None:
-            flops += row.flops(node, walk)
+        if row.work is not None:
+            flops += row.work(node, walk)
         if row.stored is not None:
             stored += row.stored(node, walk)
     reads = [walk.values[n.id] for n in program.nodes if n.op == "read"]

@@ -31,7 +31,7 @@ from trocar.gate.use import Use
 from trocar.grants.scope import EXPORT
 from trocar.graph.cost import Cost
 from trocar.graph.labels import Label
-from trocar.service import tickets
+from trocar.service import faults, tickets
 from trocar.service.prepare import digest
 from trocar.service.worker import Model, NumbersOrder
 from trocar.sites import parse
@@ -91,7 +91,8 @@ class Exports:
             return hold
         try:
             with self._turn:
-                arrays = model.worker.numbers(order)
+                with faults.reworded(model.facts, frozenset(of.shapes)):
+                    arrays = model.worker.numbers(order)
                 schema.require(arrays, order.fields)
                 ticket = self._gate.airlock.submit(principal, _ask(request, of, lineage, order, arrays))
             view = self._seen(principal, ticket.id)

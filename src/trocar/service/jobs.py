@@ -11,6 +11,7 @@ import secrets
 import statistics
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ KEEP_S: Final = 3600.0
 MAX_UNFINISHED_PER_TENANT: Final = 64
 RECENT: Final = 16
 MAX_FINISHED_PER_TENANT: Final = 256
+MAX_WAITING_PER_TENANT: Final = 64
 WORKERS: Final[dict[Kind, int]] = {"run": 256, "fit": 1, "session": 64}  # runs only wait for the engine
 
 
@@ -74,6 +76,7 @@ class Jobs:
     def __init__(self) -> None:
         self._jobs: dict[JobId, Job] = {}
         self._changed = threading.Condition()
+        self._waiting: Counter[str] = Counter()
         self._closing = False
         self._pools = {
             kind: ThreadPoolExecutor(n, thread_name_prefix=f"trocar-{kind}") for kind, n in WORKERS.items()
@@ -147,10 +150,22 @@ class Jobs:
             return self._view(self._find(tenant, job_id))
 
     def wait(self, tenant: str, job_id: str, timeout_s: float) -> Released | r.JobView:
-        """The result if the job completes in time, else its state; raises what made it fail."""
+        """The result if the job completes in time, else its state; raises what made it fail.
+
+        Raises:
+            NotFound: `job_not_found`.
+            Overloaded: `queue_full` when too many of the tenant's connections wait already.
+        """
         with self._changed:
             job = self._find(tenant, job_id)
-            self._changed.wait_for(lambda: job.state in r.FINAL, timeout_s)
+            if job.state not in r.FINAL and timeout_s > 0:
+                if self._waiting[tenant] >= MAX_WAITING_PER_TENANT:
+                    raise errors.full(f"{MAX_WAITING_PER_TENANT} of your connections wait for a result", 1.0)
+                self._waiting[tenant] += 1
+                try:
+                    self._changed.wait_for(lambda: job.state in r.FINAL, timeout_s)
+                finally:
+                    self._waiting[tenant] -= 1
             if job.error is not None:
                 raise job.error
             return job.released if job.released is not None else self._view(job)

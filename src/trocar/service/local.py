@@ -130,4 +130,4 @@ def _load(reader: Reader, watch: Watch, index: int, site: str) -> Any:
 
 def local(loaded: Loaded, engine: Engine, store: Store) -> Model:
     """A model that runs in this process."""
-    return Model(engine.facts, loaded.text, LocalWorker(loaded, engine, store))
+    return Model(engine.facts, loaded.text, LocalWorker(loaded, engine, store), engine.name)

@@ -134,7 +134,7 @@ class Service:
             about.CapabilitiesView(
                 version=__version__,
                 isolation="process",
-                engines={name: m.worker.name for name, m in self._models.items()},
+                engines={name: m.engine for name, m in self._models.items()},
                 ops=ops,
                 fits=get_args(q.FitKind),
                 tiers={tier.value: tier_view(self.gate.policy.prices(tier)) for tier in Tier},
@@ -241,7 +241,7 @@ class Service:
             asked.cost(prices),
             fits.fit_digest(request),
             idempotency_key,
-            uses.of_fit(tuple(of.shapes)),
+            uses.of_fit(tuple(of.shapes), request.target_site),
             request_id,
         )
 
@@ -252,6 +252,8 @@ class Service:
 
     def _admit(self, principal: Principal, model: Model, ask: _Ask, work: Callable[[Hold], Work]) -> Released:
         """Reserves and starts a job, or finds the job or the answer of the same request."""
+        # before a job is found too: a narrower token of the same key may not hear what the key asked
+        self.gate.require_allowed(principal, model.facts, ask.cost, ask.use)
         key = ask.idempotency_key
         claim = None if key is None else Claim(principal.key_id, key, ask.digest)
         running = self._jobs.running(principal.tenant, claim)

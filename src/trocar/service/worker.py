@@ -125,8 +125,13 @@ class Worker(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A served model: its public side, and who runs it."""
+    """A served model: its public side, and who runs it.
+
+    Attributes:
+        engine: name of the engine, asked once: what a worker may change later, it could speak with.
+    """
 
     facts: ModelFacts
     text: TextCodec
     worker: Worker
+    engine: str

@@ -324,6 +324,19 @@ def test_a_worker_that_gives_other_arrays_is_at_fault(
         assert charged(house, "ada") - before == OVERHEAD
 
 
+def test_a_workers_words_do_not_leave(house: Any, probe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = house.service._models["shut"].worker
+
+    def speaks(*_: Any) -> Any:
+        raise errors.refuse("bad_value", "0.123", "weights: 0.5 -0.25")
+
+    monkeypatch.setattr(type(worker), "numbers", speaks)
+    with pytest.raises(errors.ServerFault) as caught:
+        submit(house, "ada", probe)
+    assert (caught.value.code, caught.value.path) == ("internal", "")
+    assert "weights" not in str(caught.value)
+
+
 def test_a_worker_gives_what_the_gate_declares(house: Any, probe: str) -> None:
     gate, worker = house.service.gate, house.service._models["shut"].worker
     for handle in (probe, captured(house, "ada", "resid_post.*".replace("*", "1"), "z.3", at="prompt[*]")):

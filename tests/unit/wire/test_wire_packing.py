@@ -37,6 +37,15 @@ def test_a_scale_is_the_smallest_that_clips_nothing(rows: Any) -> None:
         assert scale == 0 or np.abs(row).max() <= scale
 
 
+@pytest.mark.parametrize("exact", [1.0, 511.0 / 256, 2.0**-99, 2.0**126])
+def test_a_scale_is_exact_to_the_last_float(exact: float) -> None:
+    """One float32 above a scale is above it already, one below is not."""
+    above, below = (np.nextafter(np.float32(exact), np.float32(to)) for to in (np.inf, 0))
+    found = packing.scale_of(np.array([[below], [exact], [above]], np.float32))
+    assert [Fraction(float(x)) for x in found] == [least_scale(float(x)) for x in (below, exact, above)]
+    assert found[0] == found[1] == exact < found[2]
+
+
 @settings(max_examples=200, deadline=None)
 @given(ROWS, COARSE)
 def test_what_comes_back_is_the_nearest_step(rows: Any, bits: int) -> None:
