@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def main(folder: Path) -> None:
     import torch
-    from conftest import make_server, make_tiny
 
+    from conftest import make_server, make_tiny
     from trocar.cli import connections
     from trocar.cli.address import bind
     from trocar.cli.serving import HttpServer
@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
         partial.write_text(json.dumps({"url": address.url, "keys": keys, "pid": os.getpid()}))
         partial.replace(folder / "ready.json")
 
-    HttpServer(Assembly(made.service, (), ()), "warning", ready).serve_until_stopped(address)
+    HttpServer(Assembly(made.service, (), ()), "warning", ready, lambda: None).serve_until_stopped(address)
 
 
 if __name__ == "__main__":

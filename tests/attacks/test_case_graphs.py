@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from trocar import strict
 from trocar.errors import TrocarError
 from trocar.gate import coding
-from trocar.gate.policy import TierTerms, Tier
+from trocar.gate.policy import Tier, TierTerms
 from trocar.graph import check
 from trocar.graph.cost import Prices
 from trocar.graph.facts import ModelFacts
@@ -98,9 +98,6 @@ def edges(count: int) -> bytes:
     return json.dumps(request(*reads, *lenses)).encode()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="references are bounded per node only: 5,000 nodes may hold 2.5 million"
-)
 def test_case_16_a_million_edges(world: World) -> None:
     """A million references between few nodes are refused, however little each costs."""
     heard = world.attacker.send("POST", "/v1/plan", content=edges(1_000_000), headers=JSON)
@@ -193,7 +190,6 @@ def test_case_19_more_arithmetic_than_a_request_may_ask_for(world: World) -> Non
     world.refuses_json(request(LOGPROBS, prompts=["x" * 250] * 4096), "too_expensive")
 
 
-@pytest.mark.xfail(strict=True, reason="a lens is priced in FLOPs, a matmul, a dot and a norm are not")
 def test_case_19_matmuls_count(world: World) -> None:
     """Fifty products of matrices cost more than one."""
     frame = {"m": np.ones((32, 32))}
@@ -227,13 +223,14 @@ def test_case_20_nothing_is_stretched(world: World) -> None:
     world.refuses_json(request(last, *gate, gated, LOGPROBS), "rows_mismatch")
 
 
-SITES = ["resid_post.-1", "resid_post.4", f"resid_post.{2**31}", f"resid_post.{2**64}", "resid_post.2.0", "resid_post.'2'",
-         "resid_post", "resid_post.01", "resid_post. 1", "resid_post.1 ", "resid_post.\u0661", "resid_post.1e0",
+SITES = ["resid_post.-1", "resid_post.4", f"resid_post.{2**31}", f"resid_post.{2**64}", "resid_post.2.0",
+         "resid_post.'2'", "resid_post",
+         "resid_post.01", "resid_post. 1", "resid_post.1 ", "resid_post.\u0661", "resid_post.1e0",
          "resid_post.1\n", "resid_post.1;", "resid_post.*", "../resid_post.1", "embeddings.0"]  # fmt: skip
 PLACES = ["prompt[3]", "prompt[-4]", "prompt[99]", "prompt[0:99]", "prompt[2:1]", "prompt[1:1]", "prompt[::0]",
-          "prompt[0:2:0]", "prompt[::-1]", "prompt[-99:]", "prompt[2147483648]", "prompt[1e3]", "prompt['2']", "prompt[True]",
-          "prompt[1,1]", "prompt[\u0661]", "prompt[*]\n", "prompt[]", "prompt", "", "gen[0]", "prompt[0" + "0" * 350 + "]",
-          "span('a')", 'role("system")', 'mask("none")', "all[0]"]  # fmt: skip
+          "prompt[0:2:0]", "prompt[::-1]", "prompt[-99:]", "prompt[2147483648]", "prompt[1e3]", "prompt['2']",
+          "prompt[True]", "prompt[1,1]", "prompt[\u0661]", "prompt[*]\n", "prompt[]", "prompt", "", "gen[0]",
+          "prompt[0" + "0" * 350 + "]", "span('a')", 'role("system")', 'mask("none")', "all[0]"]  # fmt: skip
 
 
 @pytest.mark.parametrize("site", SITES, ids=ascii)
@@ -261,7 +258,8 @@ def test_case_21_layers_that_are_no_numbers(world: World, wrong: Any) -> None:
     world.refuses_json(request(stop, ROWS, capture("r")), "bad_value", "layer_out_of_range")
 
 
-NOT_SITES = ["weights", "W_E", "W_U", "lm_head", "unembed", "embed.weight", "model.embed_tokens.weight", "q_proj.weight.1",
+NOT_SITES = ["weights", "W_E", "W_U", "lm_head", "unembed", "embed.weight", "model.embed_tokens.weight",
+             "q_proj.weight.1",
              "grad.resid_post.1", "resid_post.1.grad", "resid_post.grad.1", "kv_cache.1", "optimizer", "hidden_states",
              "logits"]  # fmt: skip
 
@@ -274,7 +272,7 @@ def test_case_22_weights_and_gradients_have_no_name(world: World, site: str) -> 
 
 @pytest.fixture(scope="module")
 def secret(tiny_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Caller, Any]]:
-    """A researcher of tier external on weights that are a secret, whose policy lets rows leave under the structure rules."""
+    """A researcher of tier external on secret weights, whose policy lets rows leave under the structure rules."""
     server = guarded(tmp_path_factory.mktemp("secret"), tiny_of("closed", open_weights=False), raw="direct")
     yield Caller(server.app, mint(server, "mallory", Tier.external).secret), server
     assert server.service.check() == []
@@ -368,14 +366,13 @@ def test_case_24_what_is_released_is_no_operand(world: World) -> None:
         request(LOGPROBS, edit("scale", "resid_post.1", by=2.0, gate="lp")), "unknown_ref", "wrong_operand"
     )
     world.refuses_json(request(ROWS, LENS, LENS), "duplicate_id")
-    world.refuses_json(request(ROWS, capture("r", "r")), "wrong_operand")
+    world.refuses_json(request(ROWS, capture("r", "r")), "duplicate_id", "wrong_operand")
 
 
-@pytest.mark.xfail(strict=True, reason="a lens takes the same rows twice, and charges them twice")
 def test_case_24_the_same_rows_twice_in_one_lens(world: World) -> None:
     """The same value twice in one output is a mistake, as it is for a capture."""
     heard = world.attacker.post("/v1/plan", request(ROWS, {**LENS, "of": ["r", "r"]}))
-    assert (heard.status, heard.refusal["code"]) == (422, "wrong_operand")
+    assert (heard.status, heard.refusal["code"]) == (422, "duplicate_id")
 
 
 def kept(caller: Caller, *sites: str) -> str:
@@ -419,7 +416,7 @@ def test_case_25_activations_as_targets_are_the_weights(secret: tuple[Caller, An
 
 
 def test_case_25_no_artifact_starts_from_weights_or_leaves(world: World) -> None:
-    """No initialisation from weights, no state of an optimiser, no merged weights, and no address that hands them out."""
+    """No start from weights, no state of an optimiser, no merged weights, and no address that hands them out."""
     handle = kept(world.attacker, "resid_post.1")
     fit = {"handle": handle, "kind": "mean_diff", "labels": [i % 2 for i in range(12)]}
     for kind in ("lora", "pissa", "svd", "pca", "sae", "transcoder", "tuned_lens"):
@@ -460,7 +457,7 @@ def test_case_26_written_and_read_in_one_block(secret: tuple[Caller, Any], write
 
 
 def test_case_26_a_block_between_is_allowed_and_charged(secret: tuple[Caller, Any]) -> None:
-    """With a block or more between write and read, rows leave at their price; written later than read does not matter."""
+    """With a block or more between write and read, rows leave at their price; a later write does not matter."""
     caller, _ = secret
     vector = {"op": "tensor", "id": "v", "name": "v"}
     change = {"op": "edit.add", "id": "e", "site": "resid_post.1", "value": "v"}
@@ -493,7 +490,6 @@ def test_case_26_first_layers_and_both_ends_of_a_matrix(secret: tuple[Caller, An
         assert "policy" in codes(asked(caller, *both, *apart)), (one, other)
 
 
-@pytest.mark.xfail(strict=True, reason="what earlier requests exposed is not looked up yet")
 @pytest.mark.parametrize("order", [("attn_in.3", "v.3"), ("v.3", "attn_in.3")])
 def test_case_26_both_ends_in_two_requests(secret: tuple[Caller, Any], order: tuple[str, str]) -> None:
     """The two ends of a matrix in two requests are the same two ends."""

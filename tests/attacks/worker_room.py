@@ -27,7 +27,7 @@ from trocar.gate.policy import Policy, Role, Tier
 from trocar.graph.facts import ModelFacts
 from trocar.service.local import LocalWorker
 from trocar.service.service import Service
-from trocar.service.worker import FitOrder, Model, RunOrder, Watch
+from trocar.service.worker import FitOrder, Model, NumbersOrder, RunOrder, Watch
 from trocar.store import Store
 
 Bend = Callable[[Task, TaskResult], TaskResult]
@@ -120,6 +120,9 @@ class BentWorker:
 
     def fit(self, order: FitOrder, watch: Watch) -> Any:
         return self.bend_fit(dict(self.honest.fit(order, watch)))
+
+    def numbers(self, order: NumbersOrder) -> Any:
+        return self.honest.numbers(order)
 
     def erase(self, tenant: str, handles: Sequence[str]) -> None:
         self.honest.erase(tenant, handles)

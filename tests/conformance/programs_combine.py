@@ -319,9 +319,9 @@ def outputs(w: Writer) -> None:
     for made in [k for k in w.pool if k.content != "wide" and own(k)][-3:]:
         w.add(ops.Score(id=f"score_{made.id}", of=made.id))
     _captures(w)
-    _raw(w)
     for verb in w.rng.sample([_lens, _metric, _pattern, _probe], 2):
         verb(w)
+    _raw(w)
 
 
 def _captures(w: Writer) -> None:

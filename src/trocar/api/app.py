@@ -30,6 +30,7 @@ from trocar.graph.spec import SPEC, field_names
 from trocar.graph.sweep import Axis
 from trocar.service.service import Service
 from trocar.strict import Strict
+from trocar.wire import airlock as a
 from trocar.wire import requests as q
 from trocar.wire import tensors
 from trocar.wire.tokens import ScopeWords, TokenRequest
@@ -46,9 +47,12 @@ OPTIONS: Final = {
         *q.SessionRequest.model_fields,
         *Axis.model_fields,
         *ScopeWords.model_fields,
+        *a.ExportRequest.model_fields,
+        *a.RaiseRequest.model_fields,
+        *a.StepRequest.model_fields,
     ),
 }
-JSON: Final = "application/json"
+JSON: Final = release.JSON
 WAITERS: Final = 512
 
 
@@ -68,7 +72,7 @@ def answer(released: Released, request_id: str) -> Response:
         headers["retry-after"] = str(released.retry_after_s or 1)
     if released.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return Response(released.payload, released.status, headers, JSON)
+    return Response(released.payload, released.status, headers, released.media_type)
 
 
 async def read_body(request: Request) -> bytes:
@@ -227,6 +231,48 @@ async def handle_facts(request: Request, caller: Caller, handle: str) -> Respons
 async def erase(request: Request, caller: Caller, handle: str) -> Response:
     """Deletes a handle."""
     return await _off_loop(request, _service(request).erase, caller, handle)
+
+
+@router.post("/airlock/exports", tags=["airlock"], openapi_extra=openapi.body(a.ExportRequest))
+async def request_export(request: Request, caller: Caller, idempotency_key: Idempotency = None) -> Response:
+    """Asks that the numbers of a handle leave: they are frozen, checked and priced."""
+    body, _ = await decode(request, a.ExportRequest)
+    verb = _service(request).exports.submit
+    return await _off_loop(request, verb, caller, body, *_named(request, idempotency_key))
+
+
+@router.post("/airlock/raises", tags=["airlock"], openapi_extra=openapi.body(a.RaiseRequest))
+async def request_raise(request: Request, caller: Caller) -> Response:
+    """Asks for larger limits of an account."""
+    body, _ = await decode(request, a.RaiseRequest)
+    return await _off_loop(request, _service(request).exports.submit_raise, caller, body)
+
+
+@router.get("/airlock", tags=["airlock"])
+async def airlock_list(
+    request: Request, caller: Caller, state: str | None = None, limit: int = 100
+) -> Response:
+    """The newest requests that the caller sees."""
+    return await _off_loop(request, _service(request).exports.list, caller, state, limit)
+
+
+@router.get("/airlock/{ticket}", tags=["airlock"])
+async def airlock_show(request: Request, caller: Caller, ticket: str) -> Response:
+    """A request; for reviewers, all that a decision needs."""
+    return await _off_loop(request, _service(request).exports.show, caller, ticket)
+
+
+@router.get("/airlock/{ticket}/file", tags=["airlock"])
+async def airlock_file(request: Request, caller: Caller, ticket: str) -> Response:
+    """The file of an approved export, charged when it is fetched first."""
+    return await _off_loop(request, _service(request).exports.file, caller, ticket)
+
+
+@router.post("/airlock/{ticket}/{step}", tags=["airlock"], openapi_extra=openapi.body(a.StepRequest))
+async def airlock_step(request: Request, caller: Caller, ticket: str, step: a.Step) -> Response:
+    """Takes a step: `sign`, `approve`, `reject`, `withdraw` or `apply`."""
+    body, _ = await decode(request, a.StepRequest)
+    return await _off_loop(request, _service(request).exports.step, caller, ticket, step, body)
 
 
 @router.get("/ledger", tags=["accounts"])

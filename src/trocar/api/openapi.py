@@ -18,7 +18,7 @@ from starlette.staticfiles import StaticFiles
 
 from trocar.gate import release
 from trocar.gate.release import Released
-from trocar.wire import about, tensors
+from trocar.wire import about, airlock, tensors
 from trocar.wire import requests as q
 from trocar.wire import results as r
 from trocar.wire.tokens import TokenRequest, TokenView
@@ -29,10 +29,12 @@ has a code, a JSON path, a reason and a next step. Authenticate with `Authorizat
 _REF: Final = "#/components/schemas/{model}"
 _REQUESTS: Final[tuple[type[BaseModel], ...]] = (
     q.RunRequest, q.SessionRequest, q.FitRequest, q.TokenizeRequest, TokenRequest,
+    airlock.ExportRequest, airlock.RaiseRequest, airlock.StepRequest,
 )  # fmt: skip
 _RESULTS: Final[tuple[type[BaseModel], ...]] = (
     r.PlanView, r.JobView, r.RunResult, r.SessionResult, r.HandlesView, about.ModelsView,
-    about.CapabilitiesView, r.LedgerView, r.TokensView, about.EngineView, TokenView,
+    about.CapabilitiesView, r.LedgerView, r.TokensView, about.EngineView,
+    airlock.TicketView, airlock.TicketsView, TokenView,
 )  # fmt: skip
 
 

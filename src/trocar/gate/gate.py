@@ -183,6 +183,7 @@ class Gate:
             return ExportTerms(
                 first_raw_layer=0, least_blocks=0, own_targets=True, vector_bits=8,
                 review_bytes=said.most_bytes, most_bytes=said.most_bytes, maps=(), rows_reviewed=False,
+                one_hot_reviewed=False,
             )  # fmt: skip
         return ExportTerms(
             first_raw_layer=self.policy.data.first_raw_layer,
@@ -191,6 +192,11 @@ class Gate:
             review_bytes=said.review_bytes,
             most_bytes=said.most_bytes,
         )
+
+    def left_bits(self, principal: Principal, lineage: Lineage) -> int | None:
+        """What the caller can still reserve of a lineage; None when nothing is capped."""
+        payers = self._payers(principal, lineage)
+        return self.ledger.balance(lineage.name, payers, self.policy.lineage_limits(lineage)).left_bits
 
     def budget(self, principal: Principal, facts: ModelFacts) -> r.BudgetView:
         """The caller's budget on a model's lineage: its key's, and the tightest of all that it pays from."""

@@ -189,6 +189,7 @@ class Fit:
             facts.name,
             facts.fingerprint,
             ask.shapes,
+            origins=ask.of.origins,
             own_targets=ask.target is not None,
             source=ask.of.id,
         )

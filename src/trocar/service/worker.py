@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from trocar.engine.protocol import EngineStats
-from trocar.gate.schema import Arrays
+from trocar.gate.handles import ACTIVATIONS, Handle
+from trocar.gate.schema import Arrays, Field
 from trocar.graph.facts import ModelFacts
 from trocar.models.text import TextCodec
 from trocar.service.prepare import Prepared
@@ -66,6 +67,33 @@ class FitOrder:
     artifact: str
 
 
+@dataclass(frozen=True, slots=True)
+class NumbersOrder:
+    """The numbers of one handle, for the airlock.
+
+    Attributes:
+        rows: whether they are captured rows, and not what a fit made.
+        fields: the arrays, named `site/array`; captured rows are `site/rows`, in the order of prompts and positions.
+    """
+
+    tenant: str
+    handle: str
+    rows: bool
+    fields: tuple[Field, ...]
+
+    @classmethod
+    def of(cls, handle: Handle) -> NumbersOrder:
+        """All numbers of a handle, in the shapes that the gate knows."""
+        rows = handle.kind == ACTIVATIONS
+        lead = (handle.rows,) if rows else ()
+        fields = tuple(
+            Field(f"{site}/{name}", "<f4", (*lead, *shape))
+            for site, arrays in handle.shapes.items()
+            for name, shape in arrays.items()
+        )
+        return cls(handle.tenant, handle.id, rows, fields)
+
+
 class Worker(Protocol):
     """Runs orders for one model. Thread-safe; faults are `TrocarError`."""
 
@@ -78,6 +106,9 @@ class Worker(Protocol):
 
     def fit(self, order: FitOrder, watch: Watch) -> Arrays:
         """`metrics`, float32 [sites, numbers]; the artifact is kept under its id."""
+
+    def numbers(self, order: NumbersOrder) -> Arrays:
+        """Exactly the arrays of `order.fields`, as float32."""
 
     def erase(self, tenant: str, handles: Sequence[str]) -> None:
         """Deletes rows and artifacts; those that are gone already do not matter."""
