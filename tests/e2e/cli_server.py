@@ -19,7 +19,7 @@ MODEL = "smollm2-135m-instruct"
 
 def environment(home: Path) -> dict[str, str]:
     """No settings of the real user except the model cache."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("TROCAR_URL", "TROCAR_API_KEY", "TROCAR_DATA")}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("TROCAR_") or k == "TROCAR_CACHE"}
     source = str(Path(trocar.__file__).parents[1])
     return {**clean, "PYTHONPATH": source, "XDG_CONFIG_HOME": str(home / "config"), "OMP_NUM_THREADS": "1"}
 

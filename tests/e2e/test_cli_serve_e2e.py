@@ -173,7 +173,7 @@ from types import SimpleNamespace
 from trocar.cli import address, serving
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 stuck = SimpleNamespace(service=SimpleNamespace(close=lambda: time.sleep(60)), halt=lambda: time.sleep(60))
-server = serving.HttpServer(stuck, "warning", lambda: print("ready", flush=True))
+server = serving.HttpServer(stuck, "warning", lambda: print("ready", flush=True), lambda: None)
 server.serve_until_stopped(address.bind("127.0.0.1", 0))
 """
 
@@ -213,8 +213,9 @@ def test_killed_in_the_middle_of_a_capture(home: Path, serving: Serving) -> None
         code, _ = again.stop()
     assert code == 0
     database = Database(f"sqlite:///{again.data / 'ledger.db'}")
-    ledger = Ledger(database, Policy())
+    ledger = Ledger(database, anchors=home / "data.anchors")
     assert (ledger.check(), ledger.verify()) == ([], [])
+    ledger.close()
     database.close()
     with Store(again.data / "store") as store:
         assert (store.check(), store.verify()) == ([], [])

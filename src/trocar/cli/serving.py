@@ -58,7 +58,7 @@ class HttpServer(uvicorn.Server):
         except KeyboardInterrupt:
             pass  # uvicorn repeats the signal that stopped it
         finally:
-            for each in (signal.SIGINT, signal.SIGTERM):
+            for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(each, signal.SIG_IGN)
             self._assembly.service.close()
             self._closed.set()
