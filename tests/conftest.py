@@ -244,7 +244,7 @@ def make_server(root: Path, loaded: list[Any], **limits: Any) -> Server:
     from trocar.service.compose import local_service
     from trocar.store import Store
 
-    gate = Gate(f"sqlite:///{root}/ledger.db", agent_spends_in_a_day())
+    gate = Gate(f"sqlite:///{root}/ledger.db", agent_spends_in_a_day(), secrets=root)
     made = {
         "alice": gate.keys.create("alice", Tier.open, Role.operator),
         "bob": gate.keys.create("bob", Tier.open, Role.researcher),

@@ -33,6 +33,7 @@ from trocar.strict import Strict
 from trocar.wire import airlock as a
 from trocar.wire import requests as q
 from trocar.wire import tensors
+from trocar.wire.tokens import ScopeWords, TokenRequest
 
 log = logging.getLogger(__name__)
 MAX_BODY_BYTES: Final = 32 << 20
@@ -48,6 +49,7 @@ OPTIONS: Final = {
         *a.ExportRequest.model_fields,
         *a.RaiseRequest.model_fields,
         *a.StepRequest.model_fields,
+        *ScopeWords.model_fields,
     ),
 }
 JSON: Final = release.JSON
@@ -200,6 +202,7 @@ async def job_state(request: Request, caller: Caller, job: str) -> Response:
 @router.get("/jobs/{job}/result", tags=["jobs"])
 async def job_result(request: Request, caller: Caller, job: str, wait_s: float = 0.0) -> Response:
     """The result, waiting at most 30 s; 202 with the job's state while it runs."""
+    request.state.of_job = True
     verb = partial(_service(request).job_result, caller, job, wait_s)
     # Waiting has threads of its own: many slow jobs must not keep others from asking anything.
     found = await to_thread.run_sync(verb, limiter=request.app.state.waiters)
@@ -278,6 +281,13 @@ async def ledger(request: Request, caller: Caller) -> Response:
     return await _off_loop(request, _service(request).account, caller)
 
 
+@router.post("/tokens", tags=["accounts"], openapi_extra=openapi.body(TokenRequest))
+async def token(request: Request, caller: Caller) -> Response:
+    """A token that stands for the calling key with less; shown this once."""
+    body, _ = await decode(request, TokenRequest)
+    return await _off_loop(request, _service(request).token, caller, body)
+
+
 @router.get("/engine", tags=["operators"])
 async def engine(request: Request, caller: Caller) -> Response:
     """Batch counters."""
@@ -338,10 +348,16 @@ async def _on_refusal(request: Request, error: Exception) -> Response:
 async def _told(request: Request, error: errors.TrocarError) -> Response:
     """The refusal of a caller whom we know is an entry of the log; how a job ended was decided before."""
     caller = getattr(request.state, "caller", None)
-    if caller is not None and not (isinstance(error, errors.RunFailed | errors.ServerFault)):
+    if caller is not None and not _decided(request, error):
         service, request_id = _service(request), request.state.request_id
         error = await to_thread.run_sync(service.refused, caller, request_id, error)
     return _refused(request, error)
+
+
+def _decided(request: Request, error: errors.TrocarError) -> bool:
+    """Whether it says how a job ended, or that we failed."""
+    of_job = getattr(request.state, "of_job", False) and error.code not in ("job_not_found", "bad_value")
+    return of_job or isinstance(error, errors.RunFailed | errors.ServerFault)
 
 
 async def _on_http(request: Request, error: Exception) -> Response:

@@ -21,6 +21,7 @@ from trocar.gate.release import Released
 from trocar.wire import about, airlock, tensors
 from trocar.wire import requests as q
 from trocar.wire import results as r
+from trocar.wire.tokens import TokenRequest, TokenView
 
 DESCRIPTION: Final = """Programs are data: typed nodes, checked and priced before anything runs. Send JSON, or a
 frame of JSON and safetensors (`application/vnd.trocar.frame`) when a request carries vectors. Every refusal
@@ -28,11 +29,11 @@ has a code, a JSON path, a reason and a next step. Authenticate with `Authorizat
 _REF: Final = "#/components/schemas/{model}"
 _REQUESTS: Final[tuple[type[BaseModel], ...]] = (
     q.RunRequest, q.SessionRequest, q.FitRequest, q.TokenizeRequest, airlock.ExportRequest, airlock.RaiseRequest,
-    airlock.StepRequest,
+    airlock.StepRequest, TokenRequest,
 )  # fmt: skip
 _RESULTS: Final[tuple[type[BaseModel], ...]] = (
     r.PlanView, r.JobView, r.RunResult, r.SessionResult, r.HandlesView, about.ModelsView,
-    about.CapabilitiesView, r.LedgerView, r.TokensView, about.EngineView,
+    about.CapabilitiesView, r.LedgerView, r.TokensView, about.EngineView, TokenView,
     airlock.TicketView, airlock.TicketsView,
 )  # fmt: skip
 

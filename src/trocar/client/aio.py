@@ -18,6 +18,7 @@ from trocar.client.prompts import Prompts, generation_of, is_single
 from trocar.client.results import Plan, Results, SessionResults, Text
 from trocar.client.session import RecordedSession, Session
 from trocar.client.settings import Settings
+from trocar.client.tokens import AsyncTokens
 from trocar.client.trace import Recorded, Trace
 from trocar.client.transport import Transport
 from trocar.graph.builder import EditSpec, Position
@@ -262,7 +263,7 @@ class AsyncModel:
         return model_text(self.facts)
 
 
-class AsyncClient:
+class AsyncClient(AsyncTokens):
     """A connection to a Trocar server.
 
     Args:

@@ -10,11 +10,11 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import httpx
 
-from trocar.client import aio
+from trocar.client import aio, tokens
 from trocar.client import airlock as desk
 from trocar.client.airlock import Ticket
 from trocar.client.handles import Probe, Stored, StoredRows
@@ -305,6 +305,28 @@ class Client:
     def ledger(self) -> r.LedgerView:
         """The calling key's own account."""
         return self._portal.call(self._core.ledger)
+
+    def token(
+        self,
+        *,
+        models: tokens.Words = None,
+        ops: tokens.Words = None,
+        sites: tokens.Words = None,
+        bits: int | None = None,
+        expires: tokens.Until = None,
+        role: Literal["agent"] | None = "agent",
+    ) -> str:
+        """A token that stands for the calling key with less; it is shown this once. See docs/keys.md.
+
+        Args:
+            bits: for life, on each lineage; an account of its own.
+            expires: a moment with a time zone, or how long from now.
+            role: `agent`, or None for a researcher.
+        """
+        verb = self._core.token
+        return self._portal.call(
+            verb, models=models, ops=ops, sites=sites, bits=bits, expires=expires, role=role
+        )
 
     def engine(self) -> about.EngineView:
         """Batch counters; operators only."""

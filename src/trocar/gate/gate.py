@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from trocar import errors
 from trocar.gate import chain, policy_log, release, roles
@@ -25,13 +25,14 @@ from trocar.gate.checks import ExportTerms
 from trocar.gate.database import Database
 from trocar.gate.exposures import Direction, End, Exposure
 from trocar.gate.handles import Handles
-from trocar.gate.keys import Keys, Principal
+from trocar.gate.keys import Keys, NewToken, Principal
 from trocar.gate.ledger import Ledger, Replay, Reservation
 from trocar.gate.limits import Limits, Payer
 from trocar.gate.manifest import SigningKey
 from trocar.gate.policy import Lineage, Policy, Tier
 from trocar.gate.release import Press, Priced, Released
 from trocar.gate.roles import Power
+from trocar.gate.scopes import Scope
 from trocar.gate.use import Use
 from trocar.graph import linear_maps
 from trocar.graph.cost import Cost, Prices
@@ -40,6 +41,9 @@ from trocar.sites import parse
 from trocar.wire import results as r
 
 ACCOUNT_ENTRIES: Final = 1000
+SIGNING_FILE: Final = "tokens.key"
+"""The file of the secret that signs tokens; see `tokens.py`."""
+
 _DAY_MS: Final = 86_400_000
 
 
@@ -62,7 +66,8 @@ class Gate:
         policy: prices, limits and rules.
         cap: tier that caps a lineage over all keys when its weights are not open; the policy's when None.
         anchors: a second place, where heads of the log are written down; None for none.
-        secrets: folder of the key that signs exports; None for a key that lives as long as this object.
+        secrets: folder of the secrets that sign exports and tokens; None for an export key that lives as long as this
+            object, and no tokens.
 
     Raises:
         PolicyRefusal: `policy_loosened` for a policy that lets more leave than the last one, without approvals;
@@ -81,6 +86,7 @@ class Gate:
     ) -> None:
         self.policy = policy or Policy()
         self._cap = Tier(self.policy.data.lineage_tier) if cap is None else cap
+        self._token_root = None if secrets is None else secrets / SIGNING_FILE
         self._changing = threading.Lock()
         with ExitStack() as opened:
             self._database = Database(url)
@@ -151,6 +157,16 @@ class Gate:
         """
         principal.scope.require_alive(chain.now_ms())
         roles.require(principal.role, power)
+
+    def mint(self, principal: Principal, scope: Scope, role: Literal["agent"] | None) -> NewToken:
+        """Makes a token of the calling key.
+
+        Raises:
+            PolicyRefusal: `not_allowed` where there is no folder for its secret; and what `Keys.mint` raises.
+        """
+        if self._token_root is None:
+            raise errors.refuse("not_allowed", "", "this server signs no tokens: its secret has no place")
+        return self.keys.mint(principal, scope, role, root=self._token_root)
 
     def _payers(self, principal: Principal, lineage: Lineage) -> tuple[Payer, ...]:
         """The caller's key, its project, and every part of its credential that has a limit of its own."""

@@ -78,6 +78,7 @@ class Jobs:
         self._changed = threading.Condition()
         self._waiting: Counter[str] = Counter()
         self._closing = False
+        self._hurry = threading.Event()
         self._pools = {
             kind: ThreadPoolExecutor(n, thread_name_prefix=f"trocar-{kind}") for kind, n in WORKERS.items()
         }
@@ -209,6 +210,7 @@ class Jobs:
         """Cancels what is unfinished and waits for it: each job gives back what it had reserved."""
         with self._changed:
             self._closing = True
+            self._hurry.set()
             unfinished = [j for j in self._jobs.values() if j.state not in r.FINAL]
         for job in unfinished:
             self.cancel(job.tenant, job.id)
@@ -225,15 +227,21 @@ class Jobs:
         try:
             released = work(job)
         except errors.TrocarError as e:
-            _to_tick(job)
+            self._to_tick(job)
             self._end(job, "CANCELLED" if e.code == "cancelled" else "FAILED", error=e)
         except Exception:
             log.exception("job %s failed", job.id)
-            _to_tick(job)
+            self._to_tick(job)
             self._end(job, "FAILED", error=errors.refuse("internal", "", "the job could not be run"))
         else:
-            _to_tick(job)
+            self._to_tick(job)
             self._end(job, "COMPLETED", released=released)
+
+    def _to_tick(self, job: Job) -> None:
+        """Waits for the job's next tick, so that its end tells no more of how long it took; a stop does not wait."""
+        if job.tick_ms:
+            tick_s = job.tick_ms / 1000
+            self._hurry.wait(tick_s - (time.monotonic() - job.started_s) % tick_s)
 
     def _move(self, job: Job, state: r.JobState) -> None:
         with self._changed:
@@ -294,13 +302,6 @@ class Jobs:
         gone = {j.id for j in ended if now - (j.ended_s or 0.0) > KEEP_S}
         for job_id in gone | {j.id for j in mine[MAX_FINISHED_PER_TENANT:]}:
             del self._jobs[job_id]
-
-
-def _to_tick(job: Job) -> None:
-    """Waits for the job's next tick, so that its end tells no more of how long it took."""
-    if job.tick_ms:
-        tick_s = job.tick_ms / 1000
-        time.sleep(tick_s - (time.monotonic() - job.started_s) % tick_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from trocar.gate.use import Use
 from trocar.graph.cost import Cost
 from trocar.graph.facts import ModelFacts
 from trocar.graph.spec import SPEC
-from trocar.service import fits, uses
+from trocar.service import fits, minting, uses
 from trocar.service.exports import Exports
 from trocar.service.jobs import Claim, Jobs, Kind, Work
 from trocar.service.pace import Pace
@@ -36,6 +36,7 @@ from trocar.service.worker import Model
 from trocar.wire import about
 from trocar.wire import requests as q
 from trocar.wire import results as r
+from trocar.wire.tokens import TokenRequest
 
 MAX_WAIT_S: Final = 30.0
 MOST_LOGGED: Final = 500
@@ -310,6 +311,10 @@ class Service:
     def account(self, principal: Principal) -> Released:
         """The caller's own budgets and ledger entries."""
         return release.public(self.gate.account(principal, {n: m.facts for n, m in self._models.items()}))
+
+    def token(self, principal: Principal, request: TokenRequest) -> Released:
+        """A token of the calling key, shown this once."""
+        return minting.mint(self.gate, self._pace, principal, request)
 
     # ---- operators ----
 
