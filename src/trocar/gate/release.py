@@ -237,5 +237,12 @@ def replay(payload: bytes, charge: r.Charge) -> Released:
     return Released(_SEAL, payload, 200, charge)
 
 
+def forwarded(
+    payload: bytes, status: int, charge: r.Charge | None = None, retry_after_s: int | None = None
+) -> Released:
+    """What a gate in another process made, in the process that speaks HTTP for it: nothing is added there."""
+    return Released(_SEAL, payload, status, charge, retry_after_s)
+
+
 def _encode(model: Strict, absent: dict[str, Any] | None = None) -> bytes:
     return model.model_dump_json(exclude=absent or None).encode()

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, Protocol, get_args
+from typing import Final, Literal, Protocol, get_args
 
 from trocar import __version__, errors
 from trocar.gate import release
@@ -63,15 +63,28 @@ class Service:
         models: served models.
         gate: keys, ledger, release.
         rooms: what is closed, in this order, when the service closes.
+        isolation: whether models run in this process, or in one that has only its frames to speak with.
     """
 
-    def __init__(self, models: Sequence[Model], gate: Gate, rooms: Sequence[Room] = ()) -> None:
+    def __init__(
+        self,
+        models: Sequence[Model],
+        gate: Gate,
+        rooms: Sequence[Room] = (),
+        *,
+        isolation: Literal["process", "host"] = "process",
+    ) -> None:
         self.gate = gate
+        self._isolation = isolation
         self._models: Mapping[str, Model] = {m.facts.name: m for m in models}
         self._rooms = rooms
         self._jobs = Jobs()
         for model in models:
             gate.declare(model.facts)
+
+    def authenticate(self, secret: str | None) -> Principal:
+        """Names the caller; raises `no_key` or `bad_key`."""
+        return self.gate.keys.authenticate(secret)
 
     # ---- public facts ----
 
@@ -96,7 +109,7 @@ class Service:
         return release.public(
             about.CapabilitiesView(
                 version=__version__,
-                isolation="process",
+                isolation=self._isolation,
                 engines={name: m.worker.name for name, m in self._models.items()},
                 ops=ops,
                 fits=get_args(q.FitKind),

@@ -1,0 +1,57 @@
+"""What the addresses call: one method for each, on a `Service` in this process or on a front of one in another.
+
+A caller is whatever `authenticate` returned: this room only hands it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from trocar.gate.release import Released
+from trocar.wire import requests as q
+
+Vectors = Mapping[str, npt.NDArray[np.float32]]
+
+
+class Verbs(Protocol):
+    """The use cases of a server."""
+
+    def authenticate(self, secret: str | None) -> Any: ...
+
+    def health(self) -> Released: ...
+
+    def models(self) -> Released: ...
+
+    def capabilities(self) -> Released: ...
+
+    def tokenize(self, caller: Any, request: q.TokenizeRequest, /) -> Released: ...
+
+    def plan(self, caller: Any, request: q.RunRequest, vectors: Vectors, /) -> Released: ...
+
+    def run(self, caller: Any, request: q.RunRequest, vectors: Vectors, key: str | None, /) -> Released: ...
+
+    def session(
+        self, caller: Any, request: q.SessionRequest, vectors: Vectors, key: str | None, /
+    ) -> Released: ...
+
+    def fit(self, caller: Any, request: q.FitRequest, key: str | None, /) -> Released: ...
+
+    def job(self, caller: Any, job: str, /) -> Released: ...
+
+    def job_result(self, caller: Any, job: str, wait_s: float, /) -> Released: ...
+
+    def cancel(self, caller: Any, job: str, /) -> Released: ...
+
+    def handles(self, caller: Any, /) -> Released: ...
+
+    def handle(self, caller: Any, handle: str, /) -> Released: ...
+
+    def erase(self, caller: Any, handle: str, /) -> Released: ...
+
+    def account(self, caller: Any, /) -> Released: ...
+
+    def engine(self, caller: Any, /) -> Released: ...
