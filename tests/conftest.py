@@ -6,6 +6,7 @@ part matters. Tests that ask for SmolLM2 carry the marker `model`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|a|>' + m['role'] + '\\n' + m['content'] + '<|b|>\\n' }}{% endfor %}"
@@ -136,6 +139,15 @@ def tiny() -> Any:
 def tiny_of() -> Callable[..., Any]:
     """Makes tiny models: `tiny_of("name", family="gemma3")`."""
     return make_tiny
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A real PostgreSQL server, the same for all tests; each asks it for a schema of its own."""
+    from postgres_server import running
+
+    with running() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

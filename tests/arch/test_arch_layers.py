@@ -20,6 +20,7 @@ PLANTED = {
     "light-rooms": ("gate/ledger.py", "import torch"),
     "sdk-dependencies": ("client/results.py", "import sqlalchemy"),
     "gate-alone": ("gate/policy.py", "from trocar.models import catalog"),
+    "biscuit-door": ("gate/tokens.py", "import biscuit_auth"),
     "engine-door": ("api/app.py", "from trocar.engine import protocol"),
     "store-door": ("api/app.py", "from trocar.store import Store"),
     "analysis-door": ("engine/executor.py", "from trocar import analysis"),

@@ -115,10 +115,10 @@ def data(folder: Folder) -> Finding:
 
 
 def ledger_of(folder: Folder) -> Iterator[Finding]:
-    if not folder.ledger.is_file():
+    if not folder.has_ledger:
         yield Finding("ledger", "ok", "there is none yet")
         return
-    if _others_may_read(folder.ledger):
+    if folder.ledger.is_file() and _others_may_read(folder.ledger):
         yield Finding("ledger", "warn", f"others may read {folder.ledger}", f"chmod 600 {folder.ledger}")
     try:
         with ledger.reading(folder) as connection:

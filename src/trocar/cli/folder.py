@@ -1,6 +1,7 @@
 """The data folder of a server: where its ledger and its store are. It opens neither.
 
-`--data`, else `TROCAR_DATA`, else the user's data folder.
+`--data`, else `TROCAR_DATA`, else the user's data folder. `TROCAR_LEDGER` is the URL of a ledger that is not
+in the folder (`postgresql+psycopg://...`); it is no option, because it may hold a password.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from trocar import errors
 
+LEDGER_URL: Final = "TROCAR_LEDGER"
 DataOption = Annotated[
     Path | None,
     typer.Option(
@@ -45,8 +47,18 @@ class Folder:
         return self.root / "store"
 
     @property
+    def token_root(self) -> Path:
+        """The secret that signs first tokens; see `gate/tokens.py`."""
+        return self.root / "tokens.key"
+
+    @property
     def ledger_url(self) -> str:
-        return f"sqlite:///{self.ledger}"
+        return os.environ.get(LEDGER_URL) or f"sqlite:///{self.ledger}"
+
+    @property
+    def has_ledger(self) -> bool:
+        """Whether there is a ledger to look at; one on a server is taken to be there."""
+        return bool(os.environ.get(LEDGER_URL)) or self.ledger.is_file()
 
     def make(self) -> None:
         """Makes the folder, readable by its owner only.
@@ -68,5 +80,5 @@ class Folder:
         Raises:
             NotFound: `no_ledger`.
         """
-        if not self.ledger.is_file():
+        if not self.has_ledger:
             raise errors.refuse("no_ledger", "data", f"there is no {str(self.ledger)!r}")

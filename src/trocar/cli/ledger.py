@@ -52,7 +52,7 @@ def problems(connection: Connection, anchor: Head | None = None) -> list[str]:
 
 
 def show_(data: DataOption = None, json: JsonOption = False) -> None:
-    """Show the accounts: limit, charged, held and left, for each key and each lineage."""
+    """Show the accounts: limit, charged, held, left and the last day, for each payer and each lineage."""
     from trocar.gate import accounts
 
     with reading(Folder.at(data)) as connection:
@@ -63,10 +63,12 @@ def show_(data: DataOption = None, json: JsonOption = False) -> None:
         return
     rows = (
         (a.lineage, _owner(a), tenants.get(a.owner, ""), show.bits(a.limit_bits), show.bits(a.charged_bits),
-         show.bits(a.held_bits), show.bits(a.left_bits))
+         show.bits(a.held_bits), show.bits(a.left_life_bits), _day(a), show.bits(a.day_bits),
+         show.bits(a.day_limit_bits))
         for a in found
     )  # fmt: skip
-    show.table(("lineage", "key", "tenant", "limit", "charged", "held", "left"), rows)
+    columns = ("lineage", "account", "tenant", "limit", "charged", "held", "left", "day", "of it used", "of")
+    show.table(columns, rows)
 
 
 def verify(
@@ -79,7 +81,7 @@ def verify(
     """Check the whole log and what it adds up to; exit code 1 and the first bad entry when it is broken."""
     from trocar.gate import chain
 
-    kept = _anchor(anchor)
+    kept = anchor_of(anchor)
     with reading(Folder.at(data)) as connection:
         found, head = problems(connection, kept), chain.head(connection)
     for problem in found:
@@ -113,7 +115,12 @@ def log(
     show.table(("seq", "time", "kind", "key", "lineage", "held", "charged", "hash"), rows)
 
 
-def _anchor(text: str) -> Head | None:
+def anchor_of(text: str) -> Head | None:
+    """The head that `SEQ:HASH` names; None for an empty text.
+
+    Raises:
+        ClientError: `bad_argument`.
+    """
     from trocar.gate.chain import Head
 
     seq, _, digest = text.partition(":")
@@ -129,13 +136,21 @@ def _tenants(connection: Connection) -> dict[str, str]:
 
     from trocar.gate.tables import KEYS
 
-    return {row.key_id: row.tenant for row in connection.execute(select(KEYS.c.key_id, KEYS.c.tenant))}
+    return {
+        f"key:{row.key_id}": row.tenant for row in connection.execute(select(KEYS.c.key_id, KEYS.c.tenant))
+    }
 
 
 def _owner(account: Account) -> str:
     from trocar.gate.accounts import EVERYONE
 
     return "everyone" if account.owner == EVERYONE else account.owner
+
+
+def _day(account: Account) -> str:
+    from trocar.gate.windows import DAY_MS
+
+    return show.when(account.day * DAY_MS)[:10]
 
 
 def _as_json(account: Account, tenants: dict[str, str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from trocar import __version__, errors
-from trocar.cli import key, ledger, model
+from trocar.cli import airlock, audit, key, ledger, model
 from trocar.cli.demonstrate import demo
 from trocar.cli.doctor import doctor
 from trocar.cli.ops import ops
@@ -43,8 +43,30 @@ def command() -> Any:
     root.command()(serve)
     root.command()(demo)
     _noun(root, "model", "Models on this machine.", model.pull, model.list_, model.show_)
-    _noun(root, "key", "API keys: tenants, tiers, roles.", key.create, key.list_, key.revoke)
+    _noun(
+        root,
+        "key",
+        "API keys: tenants, tiers, roles; and tokens.",
+        key.create,
+        key.attenuate,
+        key.list_,
+        key.revoke,
+    )
     _noun(root, "ledger", "Budgets and the hash-chained log.", ledger.show_, ledger.verify, ledger.log)
+    _noun(root, "audit", "Checks of the log, and its anchors.", audit.verify, audit.log, audit.anchor)
+    _noun(
+        root,
+        "airlock",
+        "Requests to let rows and artifacts out, and to raise limits.",
+        airlock.list_,
+        airlock.show_,
+        airlock.sign,
+        airlock.approve,
+        airlock.reject,
+        airlock.withdraw,
+        airlock.apply,
+        airlock.verify,
+    )
     root.command()(ops)
     root.command()(doctor)
     return typer.main.get_command(root)

@@ -1,12 +1,11 @@
 """The gate's database and the only two ways to touch it: `read()` and `write()`.
 
-`write()` is one `BEGIN IMMEDIATE` transaction: it takes SQLite's write lock before the first look, so nothing
-it read can change before it commits, and with WAL and `synchronous=FULL` it is on disk when it returns. Any
-failure of the database becomes `ledger_unavailable` and rolls back: no commit, no emission. `read()` is one
-snapshot. Files are made with mode 0600: they hold results of tenants.
+`write()` is one transaction that no other writer, of any process, can enter: what it read cannot change before
+it commits, and it is on disk when it returns. Any failure of the database becomes `ledger_unavailable` and
+rolls back: no commit, no emission. `read()` is one snapshot.
 
-A PostgreSQL backend replaces this file and `presence.py` only: `write()` would lock the row of `head` first
-(`SELECT ... FOR UPDATE`), and presence would be a session-level advisory lock.
+What differs between a file of SQLite (`sqlite.py`) and a server of PostgreSQL (`postgres.py`) is behind
+`Backend`; nothing else in the gate knows which of them it is.
 """
 
 from __future__ import annotations
@@ -14,60 +13,101 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any, Final
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Protocol
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Engine
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from trocar import errors
 from trocar.gate import chain
-from trocar.gate.presence import Presence, turn
+from trocar.gate.postgres import DRIVER, Postgres
+from trocar.gate.presence import InstanceId
+from trocar.gate.refusals import unavailable
+from trocar.gate.sqlite import SQLite
 from trocar.gate.tables import METADATA, SCHEMA
 
-_BEGIN: Final = "trocar_begin"
+__all__ = ["Database", "unavailable"]
+
+
+class Alive(Protocol):
+    """What says that this process is alive, and which others are."""
+
+    instance: InstanceId
+
+    def renew(self) -> None: ...
+
+    def is_dead(self, instance: str) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+class Backend(Protocol):
+    """What a kind of database must bring."""
+
+    @property
+    def engine(self) -> Engine:
+        """Owns the connections."""
+        ...
+
+    @property
+    def writer(self) -> Engine:
+        """Begins transactions that write."""
+        ...
+
+    @property
+    def reader(self) -> Engine:
+        """Begins transactions that are one snapshot."""
+        ...
+
+    def opening(self) -> AbstractContextManager[None]:
+        """One process at a time inside, while tables are made."""
+        ...
+
+    def appear(self) -> Alive:
+        """Declares this process alive, inside `opening`."""
+        ...
+
+    def lock(self, connection: Connection) -> None:
+        """Waits for the other writers, as the first step of a write."""
+        ...
 
 
 class Database:
-    """One open ledger file; make one per process and share it between threads.
+    """One open ledger; make one per process and share it between threads.
 
     Args:
-        url: `sqlite:///relative.db` or `sqlite:////absolute.db`.
+        url: `sqlite:///relative.db`, `sqlite:////absolute.db` or `postgresql+psycopg://USER@HOST/DATABASE`.
         busy_s: how long a write waits for the writers of other processes, in seconds.
 
     Raises:
-        ServerFault: `ledger_unavailable` when it cannot be opened, is of another version, or the URL is not
-            a file of SQLite.
+        ServerFault: `ledger_unavailable` when it cannot be opened, is of another version, or the URL is of
+            another kind.
+        ClientError: `missing_extra` when the driver of PostgreSQL is not installed.
     """
 
     def __init__(self, url: str, *, busy_s: float = 30.0) -> None:
-        path = _file_of(url)
         self._pid = os.getpid()
         self._turn = threading.Lock()
-        self._engine = _engine(url, busy_s)
-        self._writer = self._engine.execution_options(**{_BEGIN: "IMMEDIATE"})
+        self._backend = _backend(url, busy_s)
         with ExitStack() as undo:
-            undo.callback(self._engine.dispose)
-            self.presence = self._open(path)
+            undo.callback(self._backend.engine.dispose)
+            self.presence = self._open()
             undo.pop_all()
 
-    def _open(self, path: Path) -> Presence:
+    def _open(self) -> Alive:
         try:
-            locks = path.with_name(path.name + ".locks")
-            locks.mkdir(mode=0o700, exist_ok=True)
-            with turn(locks / "opening"):
-                _make_file(path)
+            with self._backend.opening():
                 self._make_tables()
-                presence = Presence(locks)
-                presence.sweep()
+                return self._backend.appear()
         except OSError as e:
             raise unavailable("its files cannot be opened for writing") from e
-        return presence
+        except SQLAlchemyError as e:
+            raise _answered(e) from e
 
     def _make_tables(self) -> None:
-        with self.write() as connection:
+        with self._begin(self._backend.writer) as connection:
             METADATA.create_all(connection)
             found = chain.start(connection)
             if found != SCHEMA:
@@ -80,8 +120,10 @@ class Database:
         Raises:
             ServerFault: `ledger_unavailable`.
         """
-        # our own threads queue here: SQLite waits by sleep and retry, which doubled the slowest of 50 writers
-        with self._turn, self._begin(self._writer) as connection:
+        # our own threads queue here: waiting in the database doubled the slowest of 50 writers
+        with self._turn, self._begin(self._backend.writer) as connection:
+            self._backend.lock(connection)
+            self.presence.renew()
             yield connection
 
     @contextmanager
@@ -91,7 +133,7 @@ class Database:
         Raises:
             ServerFault: `ledger_unavailable`.
         """
-        with self._begin(self._engine) as connection:
+        with self._begin(self._backend.reader) as connection:
             yield connection
 
     @contextmanager
@@ -103,57 +145,35 @@ class Database:
                 yield connection
         except SQLAlchemyError as e:
             # the driver's words stay in __cause__, for the operator's log: they may hold paths and values
-            raise unavailable(f"the database answered {type(e).__name__}") from e
+            raise _answered(e) from e
 
     def close(self) -> None:
-        """Lets go of the file; reservations still open are charged in full by the next process."""
-        self._engine.dispose()
+        """Lets go of the database; reservations still open are charged in full by the next process."""
+        # a forked child must not say goodbye on the connections of its parent
+        self._backend.engine.dispose(close=os.getpid() == self._pid)
         self.presence.close()
 
 
-def unavailable(why: str) -> errors.TrocarError:
-    """The refusal for a ledger that cannot be trusted with a charge now."""
-    return errors.refuse("ledger_unavailable", "", f"the ledger cannot be used: {why}")
+def _answered(error: SQLAlchemyError) -> errors.TrocarError:
+    return unavailable(f"the database answered {type(error).__name__}")
 
 
-def _file_of(url: str) -> Path:
+def _backend(url: str, busy_s: float) -> Backend:
     try:
-        parsed = make_url(url)
+        parsed: URL = make_url(url)
     except ArgumentError as e:
         raise unavailable("its URL cannot be read") from e
-    name = parsed.database or ""
-    if parsed.drivername != "sqlite" or parsed.query or name in ("", ":memory:") or name.startswith("file:"):
-        raise unavailable("its URL is not sqlite:///FILE, the only kind this version serves")
-    return Path(name)
+    if parsed.drivername == "sqlite":
+        return SQLite(parsed, busy_s)
+    if parsed.drivername == DRIVER:
+        return _postgres(parsed, busy_s)
+    raise unavailable(f"its URL is neither sqlite:///FILE nor {DRIVER}://USER@HOST/DATABASE")
 
 
-def _make_file(path: Path) -> None:
-    os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-    # a power cut must not lose the file's name: a missing ledger would be a full budget
-    directory = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+def _postgres(url: URL, busy_s: float) -> Postgres:
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def _engine(url: str, busy_s: float) -> Engine:
-    # isolation_level=None: the driver starts no transaction of its own; `_on_begin` does
-    engine = create_engine(
-        url, connect_args={"isolation_level": None, "timeout": busy_s}, pool_size=4, max_overflow=60
-    )
-    event.listen(engine, "connect", _on_connect)
-    event.listen(engine, "begin", _on_begin)
-    return engine
-
-
-def _on_connect(raw: Any, _record: object) -> None:
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "trusted_schema=OFF"):
-        raw.execute(f"PRAGMA {pragma}").close()
-    found = tuple(raw.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous"))
-    if found != ("wal", 2):  # SQLite reports, and does not raise, when a file system cannot do WAL
-        raise unavailable(f"its file system gave journal mode and durability {found}, not ('wal', 2)")
-
-
-def _on_begin(connection: Connection) -> None:
-    connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get(_BEGIN, 'DEFERRED')}")
+        return Postgres(url, busy_s)
+    except ModuleNotFoundError as e:
+        step = "Run `pip install 'trocar[server,postgres]'`."
+        reason = f"the package {e.name!r} is not installed"
+        raise errors.refuse("missing_extra", "", reason, next_step=step) from None

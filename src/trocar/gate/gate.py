@@ -1,7 +1,8 @@
 """The gate: who calls, what it may cost, and the only way out. One object per server.
 
-A request is admitted by reserving its static price, and ends in exactly one of two ways: `release` quantises,
-counts, charges and makes the bytes; `cancel` keeps the overhead and refunds the rest.
+A request is admitted by reserving its static price, and ends in exactly one of two ways: `release` rounds, counts,
+charges and makes the bytes; `cancel` keeps the overhead and refunds the rest. What a policy says is turned into
+prices, payers and limits here; what they mean, the other files of this room know.
 """
 
 from __future__ import annotations
@@ -9,23 +10,35 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final
 
 from trocar import errors
-from trocar.gate import release
+from trocar.gate import chain, policy_log, release, roles
+from trocar.gate.airlock import Airlock, Paying
+from trocar.gate.airlock_desk import Rules as AirlockRules
 from trocar.gate.answers import Tongue
 from trocar.gate.chain import Entry
+from trocar.gate.checks import ExportTerms
 from trocar.gate.database import Database
+from trocar.gate.exposures import Direction, End, Exposure
 from trocar.gate.handles import Handles
 from trocar.gate.keys import Keys, Principal
 from trocar.gate.ledger import Ledger, Replay, Reservation
-from trocar.gate.policy import Lineage, Policy, Role, Tier
+from trocar.gate.limits import Limits, Payer
+from trocar.gate.manifest import SigningKey
+from trocar.gate.policy import Lineage, Policy, Tier
 from trocar.gate.release import Press, Priced, Released
+from trocar.gate.roles import Power
+from trocar.gate.use import Use
+from trocar.graph import linear_maps
 from trocar.graph.cost import Cost, Prices
 from trocar.graph.facts import ModelFacts
+from trocar.sites import parse
 from trocar.wire import results as r
 
 ACCOUNT_ENTRIES: Final = 1000
+_DAY_MS: Final = 86_400_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +53,59 @@ class Hold:
 
 
 class Gate:
-    """Keys, ledger and release under one policy.
+    """Keys, ledger, airlock and release under one policy.
 
     Args:
         url: database URL of the ledger.
-        policy: prices and fractions.
+        policy: prices, limits and rules.
         cap: tier that caps a lineage over all keys when its weights are not open; the policy's when None.
+        anchors: a second place, where heads of the log are written down; None for none.
+        secrets: folder of the key that signs exports; None for a key that lives as long as this object.
+
+    Raises:
+        PolicyRefusal: `policy_loosened` for a policy that lets more leave than the last one, without approvals.
+        ServerFault: `ledger_unavailable`, `ledger_rolled_back`.
     """
 
-    def __init__(self, url: str, policy: Policy | None = None, *, cap: Tier | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        policy: Policy | None = None,
+        *,
+        cap: Tier | None = None,
+        anchors: Path | None = None,
+        secrets: Path | None = None,
+    ) -> None:
         self.policy = policy or Policy()
         self._cap = Tier(self.policy.data.lineage_tier) if cap is None else cap
         self._database = Database(url)
-        self.keys = Keys(self._database)
-        self.handles = Handles(self._database)
-        self.ledger = Ledger(self._database, self.policy)
+        try:
+            self.keys = Keys(self._database)
+            self.handles = Handles(self._database)
+            self.ledger = Ledger(self._database, overhead_bits=self.policy.overhead_bits, anchors=anchors)
+            policy_log.adopt(self._database, self.policy)
+            self.airlock = self._airlock(secrets)
+        except BaseException:
+            self._database.close()
+            raise
+
+    def _airlock(self, secrets: Path | None) -> Airlock:
+        said = self.policy.outputs.airlock
+        return Airlock(
+            self._database,
+            self.ledger,
+            SigningKey.made() if secrets is None else SigningKey.in_folder(secrets),
+            lambda principal, lineage: Paying(
+                self._payers(principal, lineage), self.policy.lineage_limits(lineage)
+            ),
+            terms=self._export_terms,
+            rules=AirlockRules(
+                approvers=said.approvers, open_approvers=said.open_approvers, life_ms=said.days * _DAY_MS
+            ),
+            overhead_bits=self.policy.overhead_bits,
+        )
+
+    # ---- what the policy says of somebody ----
 
     def prices(self, principal: Principal) -> Prices:
         """What the caller pays, and the rules that hold for it."""
@@ -66,24 +117,58 @@ class Gate:
 
     def declare(self, facts: ModelFacts) -> None:
         """Opens the lineage's account when a model is loaded."""
-        self.ledger.declare(self.lineage(facts))
+        lineage = self.lineage(facts)
+        self.ledger.declare(lineage, self.policy.lineage_limits(lineage))
 
-    def require_operator(self, principal: Principal) -> None:
-        """Refuses a caller who is not an operator."""
-        if principal.role is not Role.operator:
-            raise errors.refuse(
-                "not_allowed", "", f"this needs the role 'operator'; the key has {principal.role.value!r}"
-            )
+    def require(self, principal: Principal, power: Power) -> None:
+        """Refuses a caller whose role does not allow something, or whose key has expired.
+
+        Raises:
+            PolicyRefusal: `not_allowed`.
+            AuthError: `bad_key`.
+        """
+        principal.scope.require_alive(chain.now_ms())
+        roles.require(principal.role, power)
+
+    def _payers(self, principal: Principal, lineage: Lineage) -> tuple[Payer, ...]:
+        """The caller's key, its project, and every part of its credential that has a limit of its own."""
+        own = Payer(f"key:{principal.key_id}", self.policy.limits(principal.tier, lineage))
+        project = Payer(
+            f"project:{principal.project}", self.policy.project_limits(principal.project, lineage)
+        )
+        parts = (Payer(sub.owner, Limits(sub.most_bits)) for sub in principal.subaccounts)
+        return (own, project, *parts)
+
+    def _export_terms(self, principal: Principal, lineage: Lineage) -> ExportTerms:
+        said, tier = self.policy.outputs.airlock, self.policy.terms(principal.tier)
+        if lineage.cap is None:
+            return ExportTerms(
+                first_raw_layer=0, least_blocks=0, own_targets=True, vector_bits=8,
+                review_bytes=said.most_bytes, most_bytes=said.most_bytes, maps=(), rows_reviewed=False,
+            )  # fmt: skip
+        return ExportTerms(
+            first_raw_layer=self.policy.data.first_raw_layer,
+            least_blocks=self.policy.data.least_blocks,
+            vector_bits=min(tier.vector_bits, 8),
+            review_bytes=said.review_bytes,
+            most_bytes=said.most_bytes,
+        )
 
     def budget(self, principal: Principal, facts: ModelFacts) -> r.BudgetView:
-        """The caller's lifetime budget on a model's lineage; the tighter of key and lineage."""
-        balance = self.ledger.balance(principal, self.lineage(facts))
+        """The caller's budget on a model's lineage: its key's, and the tightest of all that it pays from."""
+        lineage = self.lineage(facts)
+        payers = self._payers(principal, lineage)
+        balance = self.ledger.balance(lineage.name, payers, self.policy.lineage_limits(lineage))
+        key = balance.payers[0]
         return r.BudgetView(
             tier=principal.tier.value,
-            limit_bits=balance.key.limit_bits,
-            spent_bits=balance.key.charged_bits,
+            limit_bits=key.limit_bits,
+            spent_bits=key.charged_bits,
             left_bits=balance.left_bits,
+            day_limit_bits=key.day_limit_bits,
         )
+
+    # ---- one request ----
 
     def reserve(
         self,
@@ -93,23 +178,39 @@ class Gate:
         cost: Cost,
         request_digest: str,
         idempotency_key: str | None,
+        use: Use,
+        request_id: str = "",
     ) -> Hold | Released:
         """Admits a request, or hands back the bytes it already got under this idempotency key.
 
+        Args:
+            use: what it touches and exposes.
+
         Raises:
-            PolicyRefusal: `budget_exhausted`, or `not_allowed` for an open-tier key on weights that are not
-                open; nothing is spent.
+            PolicyRefusal: `budget_exhausted`, `rank_exhausted`, `policy`, `out_of_scope`, `lineage_frozen`, or
+                `not_allowed` for a role that runs nothing and for an open-tier key on weights that are not open;
+                nothing is spent.
             Conflict: `idempotency_conflict`, `still_running`.
         """
+        roles.require(principal.role, Power.run)
         if principal.tier is Tier.open and not facts.open_weights:
             reason = f"the weights of {facts.name!r} are not open, and the key's tier 'open' has no cap"
             raise errors.refuse("not_allowed", "", reason)
+        now_ms = chain.now_ms()
+        principal.scope.require(
+            model=facts.name, ops=use.ops, sites=use.sites, bits=cost.total_bits, now_ms=now_ms
+        )
+        lineage = self.lineage(facts)
         admitted = self.ledger.reserve(
             principal,
-            self.lineage(facts),
+            lineage,
             cost.total_bits,
+            payers=self._payers(principal, lineage),
+            limits=self.policy.lineage_limits(lineage),
             request_digest=request_digest,
             idempotency_key=idempotency_key,
+            exposure=self._exposure(principal, lineage, facts, use),
+            request_id=request_id,
         )
         if isinstance(admitted, Replay):
             left = self.budget(principal, facts).left_bits
@@ -118,6 +219,23 @@ class Gate:
             )
             return release.replay(admitted.payload, charge)
         return Hold(admitted, cost, self.prices(principal), facts, tongue)
+
+    def _exposure(
+        self, principal: Principal, lineage: Lineage, facts: ModelFacts, use: Use
+    ) -> Exposure | None:
+        """What the structure rules count; of open weights nothing."""
+        if lineage.cap is None:
+            return None
+        widths = {d.site: facts.width(parse(d.site)) for d in use.directions}
+        key = {site: self.policy.rank_limit(principal.tier, width) for site, width in widths.items()}
+        first = [site for site, at_first in use.exported if at_first]
+        sides = linear_maps.sides([site for site, _ in use.exported], first)
+        return Exposure(
+            tuple(Direction(d.site, d.digest, d.rank) for d in use.directions),
+            tuple(End(name, side) for name, side in sides),
+            {site: limit for site, limit in key.items() if limit is not None},
+            {site: self.policy.lineage_rank_limit(width) for site, width in widths.items()},
+        )
 
     def release(self, hold: Hold, press: Callable[[Press], Priced]) -> Released:
         """Rounds, counts and charges a result; the bytes exist only after the charge is on disk.
@@ -136,6 +254,12 @@ class Gate:
         """Ends a request that gave nothing: the overhead stays charged, the rest is refunded."""
         self.ledger.cancel(hold.reservation, hold.cost.bits_out["overhead"])
 
+    def _settle(self, hold: Hold, bits: int, payload: bytes) -> r.Charge:
+        charge = self.ledger.settle(hold.reservation, bits, payload)
+        return r.Charge(bits=charge.spent_bits, seq=charge.seq, head=charge.head, left_bits=charge.left_bits)
+
+    # ---- accounts ----
+
     def account(self, principal: Principal, models: Mapping[str, ModelFacts]) -> r.LedgerView:
         """The caller's own budgets and entries."""
         entries = self.ledger.latest(principal.key_id, ACCOUNT_ENTRIES)
@@ -146,12 +270,13 @@ class Gate:
             head=self.ledger.head().hash,
         )
 
-    def close(self) -> None:
-        self._database.close()
+    def check(self) -> list[str]:
+        """Broken invariants; empty when all is well."""
+        return [*self.ledger.check(), *self.airlock.check()]
 
-    def _settle(self, hold: Hold, bits: int, payload: bytes) -> r.Charge:
-        charge = self.ledger.settle(hold.reservation, bits, payload)
-        return r.Charge(bits=charge.spent_bits, seq=charge.seq, head=charge.head, left_bits=charge.left_bits)
+    def close(self) -> None:
+        self.ledger.close()
+        self._database.close()
 
 
 def _entry(entry: Entry) -> r.LedgerEntryView:

@@ -1,100 +1,94 @@
 """The ledger: no bit leaves that was not charged before, whatever crashes.
 
 `reserve` holds the worst case before anything runs; `settle` charges what was spent, refunds the rest and
-only then may the payload be sent; `cancel` is for a failed run. Each is one transaction over the key's
-account, the lineage's account, the reservation and the log: all of it or nothing. So at every instant, also
-after a crash, emitted <= charged + held <= limit, for each key and for each lineage over all keys.
+only then may the payload be sent; `cancel` is for a failed run. Each is one transaction over the lineage's
+account, the account of every payer, the reservation and the log: all of it or nothing. So at every instant,
+also after a crash, emitted <= charged + held <= limit, for each payer and for each lineage over all of them.
 
-A reservation belongs to the process that made it. When that process is dead (`presence.py` says how this is
-known without clocks) `recover` charges its reservations in full: nobody can know what it had sent.
+A reservation belongs to the process that made it. When that process is dead (the database's presence says how
+this is known without clocks) `recover` charges its reservations in full: nobody can know what it had sent.
 
-The ledger counts; it does not know what a payload means, or how a price was computed.
+The ledger counts; it does not know what a payload means, how a price was computed or why a limit is what it
+is. Its clock says to which day an amount belongs, and nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-import secrets
-from dataclasses import dataclass, field
-from typing import Any, Final, NewType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
 
-from sqlalchemy import Connection, RowMapping, and_, insert, select, update
+from sqlalchemy import Connection
 
 from trocar import errors
-from trocar.gate import accounts, audit, chain, keys
-from trocar.gate.accounts import EVERYONE, Account, Balance
+from trocar.gate import accounts, audit, chain, exposures, keys, reservations
+from trocar.gate.accounts import Account, Balance
+from trocar.gate.anchors import Anchors, require_none
 from trocar.gate.chain import Entry, Head, Kind
 from trocar.gate.database import Database, unavailable
-from trocar.gate.keys import KeyId, Principal
-from trocar.gate.policy import Lineage, Policy, whole_bits
-from trocar.gate.tables import PAYLOADS, RESERVATIONS
+from trocar.gate.exposures import Exposure
+from trocar.gate.keys import Principal
+from trocar.gate.limits import Limits, Payer, whole_bits, with_everyone
+from trocar.gate.policy import Lineage
+from trocar.gate.reservations import Ask, Charge, Replay, Reservation
 
-ReservationId = NewType("ReservationId", str)
+__all__ = ["Charge", "Ledger", "Replay", "Reservation"]
+LAST_MS: Final = 253_370_764_800_000  # the beginning of the year 9999
+MOST_DETAIL: Final = 16_384
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _IDEMPOTENCY_KEY: Final = re.compile(r"[!-~]{1,200}")
-_OPEN: Final = "open"
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """Bits held for one operation; end it with `settle` or `cancel`, once."""
-
-    id: ReservationId
-    key_id: KeyId
-    lineage: str
-    reserved_bits: int
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """The answer already given under an idempotency key: the same bytes again, for 0 bits."""
-
-    payload: bytes = field(repr=False)
-    payload_digest: str
-    spent_bits: int
-    head: Head
-
-
-@dataclass(frozen=True, slots=True)
-class Charge:
-    """Proof that a charge is on disk; part of the client's receipt, who so becomes a witness of the log.
-
-    Attributes:
-        seq: number of the log's entry.
-        head: its hash.
-        spent_bits: charged for good.
-        left_bits: what the key can still reserve on the lineage; None when neither account is capped.
-    """
-
-    seq: int
-    head: str
-    spent_bits: int
-    left_bits: int | None
+_REQUEST: Final = re.compile(r"[!-~]{0,64}")
 
 
 class Ledger:
-    """The budgets of one database under one policy; safe to share between threads.
+    """The budgets of one database; safe to share between threads.
 
     Opening it recovers the reservations of dead processes.
 
+    Args:
+        overhead_bits: nothing is admitted or charged below this.
+        clock: milliseconds since 1970; fixes the days of daily windows. A day once begun is never begun again,
+            whatever the clock says later.
+        anchors: folder where heads of the log are written down; a ledger that once had one needs it again.
+
     Raises:
-        ServerFault: `ledger_unavailable`, from every method; nothing may be emitted then.
+        ServerFault: `ledger_unavailable`, from every method; nothing may be emitted then. `ledger_rolled_back`
+            when it is not the one that was anchored.
     """
 
-    def __init__(self, database: Database, policy: Policy) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        overhead_bits: int = 256,
+        clock: Callable[[], int] = chain.now_ms,
+        anchors: Path | None = None,
+    ) -> None:
         self._database = database
-        self._policy = policy
+        self._overhead_bits = whole_bits(overhead_bits, "overhead_bits")
+        self._clock = clock
+        self._anchors = None if anchors is None else Anchors(database, anchors, self._now_ms)
+        if anchors is None:
+            with database.read() as connection:
+                require_none(connection)
         self.recover()
 
-    def declare(self, lineage: Lineage) -> None:
+    def close(self) -> None:
+        """Writes the last head to the anchors; the database stays open. Idempotent."""
+        if self._anchors is not None:
+            self._anchors.close()
+
+    def declare(self, lineage: Lineage, limits: Limits) -> None:
         """Enters a lineage at start-up, so that a changed size is found before the first request.
 
         Raises:
             PolicyRefusal: `limit_changed`.
         """
-        with self._database.write() as connection:
-            accounts.declare(connection, lineage, self._policy.lineage_limit_bits(lineage))
+        with self._write() as (connection, now_ms):
+            accounts.declare(connection, lineage, limits, now_ms)
 
     def reserve(
         self,
@@ -102,8 +96,12 @@ class Ledger:
         lineage: Lineage,
         bits: int,
         *,
+        payers: Sequence[Payer],
+        limits: Limits,
         request_digest: str,
         idempotency_key: str | None = None,
+        exposure: Exposure | None = None,
+        request_id: str = "",
     ) -> Reservation | Replay:
         """Holds the most that an operation may release, or hands back the answer it already had.
 
@@ -111,35 +109,40 @@ class Ledger:
             principal: from `Keys.authenticate`; looked up again here, so a revoked one is refused.
             lineage: the secret that is read.
             bits: the worst case, overhead included.
+            payers: accounts that pay beside the lineage's own, each with the limits it has now.
+            limits: of the lineage's own account.
             request_digest: SHA-256 of the request, 64 hex digits.
             idempotency_key: the client's name for the request, 1 to 200 visible ASCII characters; per key.
                 It is free again after `cancel` or a crash, because no answer exists to repeat.
+            exposure: what the structure rules count.
+            request_id: how the answer names the request; found again with `entries`.
 
         Raises:
-            PolicyRefusal: `budget_exhausted` (nothing was spent) or `limit_changed`.
+            PolicyRefusal: `budget_exhausted`, `rank_exhausted`, `policy`, `lineage_frozen` or `limit_changed`;
+                nothing was spent.
             Conflict: `idempotency_conflict` for another request under the same idempotency key,
                 `still_running` for the same request when it has not ended.
             AuthError: `bad_key`.
-            ProgramError: `bad_value` for a malformed idempotency key.
+            ProgramError: `bad_value` for a malformed idempotency key, or a payer named twice.
             ServerFault: `bad_bits`.
         """
-        whole_bits(bits, "bits", least=max(1, self._policy.overhead_bits))
-        _check_words(request_digest, idempotency_key)
-        with self._database.write() as connection:
-            keys.require_current(connection, principal)
-            if idempotency_key is not None:
-                earlier = _earlier(connection, principal.key_id, idempotency_key)
+        whole_bits(bits, "bits", least=max(1, self._overhead_bits))
+        _check_words(request_digest, idempotency_key, request_id)
+        every = with_everyone(payers, limits)
+        if self._anchors is not None:
+            self._anchors.require_kept()
+        ask = Ask(principal.key_id, lineage.name, bits, request_digest, idempotency_key, request_id)
+        while True:
+            with self._write() as (connection, now_ms):
+                keys.require_current(connection, principal)
+                accounts.require_not_frozen(connection, lineage.name)
+                earlier = reservations.earlier(connection, ask.key_id, idempotency_key)
                 if earlier is not None:
-                    return _replay(connection, earlier, lineage.name, request_digest)
-            self._open_accounts(connection, principal, lineage)
-            return self._admit(
-                connection,
-                principal.key_id,
-                lineage.name,
-                bits,
-                request_digest=request_digest,
-                idempotency_key=idempotency_key,
-            )
+                    return reservations.replay(connection, earlier, ask, now_ms)
+                accounts.enter(connection, lineage, now_ms)
+                found = self._admit(connection, ask, every, exposure or Exposure(), now_ms)
+            if found is not None:
+                return found
 
     def settle(self, reservation: Reservation, spent_bits: int, payload: bytes) -> Charge:
         """Charges what the payload releases and refunds the rest. Emit the payload only after this returns.
@@ -152,14 +155,18 @@ class Ledger:
         Raises:
             ServerFault: `bad_bits` (it stays open: cancel it) or `reservation_closed`.
             AuthError: `bad_key` when the key was revoked meanwhile (it stays open: cancel it).
+            PolicyRefusal: `lineage_frozen` when that happened meanwhile (it stays open: cancel it).
         """
         digest = hashlib.sha256(payload).hexdigest()
-        with self._database.write() as connection:
-            row = self._running(connection, reservation, spent_bits)
+        with self._write() as (connection, now_ms):
+            row = reservations.running(connection, reservation, self._database.presence.instance)
+            self._check_spent(spent_bits, row["reserved_bits"])
             keys.require_not_revoked(connection, row["key_id"])
-            if row["idempotency_key"] is not None:
-                connection.execute(insert(PAYLOADS).values(reservation=row["id"], payload=payload))
-            return _close(connection, row, Kind.settled, spent_bits, digest)
+            accounts.require_not_frozen(connection, row["lineage"])
+            reservations.keep(connection, row, payload)
+            return reservations.close(
+                connection, row, Kind.settled, spent_bits, now_ms=now_ms, payload_digest=digest
+            )
 
     def cancel(self, reservation: Reservation, keep_bits: int) -> Charge:
         """Ends an operation that emitted no payload: charges `keep_bits` (the overhead), refunds the rest.
@@ -167,32 +174,104 @@ class Ledger:
         Raises:
             ServerFault: `bad_bits` or `reservation_closed`.
         """
-        with self._database.write() as connection:
-            row = self._running(connection, reservation, keep_bits)
-            return _close(connection, row, Kind.cancelled, keep_bits)
+        with self._write() as (connection, now_ms):
+            row = reservations.running(connection, reservation, self._database.presence.instance)
+            self._check_spent(keep_bits, row["reserved_bits"])
+            return reservations.close(connection, row, Kind.cancelled, keep_bits, now_ms=now_ms)
 
     def recover(self) -> tuple[Charge, ...]:
         """Charges in full each reservation whose process is dead; those of the living are not touched."""
-        with self._database.write() as connection:
-            query = select(RESERVATIONS).where(RESERVATIONS.c.state == _OPEN)
-            rows = connection.execute(query).mappings().all()
-            dead = {i for i in {row["instance"] for row in rows} if self._database.presence.is_dead(i)}
+        with self._write() as (connection, now_ms):
+            rows = reservations.still_open(connection)
+            instances = {row["instance"] for row in rows}
+            dead = {i for i in instances if self._database.presence.is_dead(i)}
             return tuple(
-                _close(connection, row, Kind.recovered, row["reserved_bits"])
+                reservations.close(connection, row, Kind.recovered, row["reserved_bits"], now_ms=now_ms)
                 for row in rows
                 if row["instance"] in dead
             )
 
-    def balance(self, principal: Principal, lineage: Lineage) -> Balance:
-        """The two accounts of a key on a lineage; an account not opened yet is shown as it would open."""
-        key_limit = self._policy.cap_bits(principal.tier, lineage.secret_bits)
+    def refuse(
+        self, key_id: str, request_id: str, codes: Sequence[str], detail: Mapping[str, str | int]
+    ) -> Head:
+        """Enters that a request was refused, and why: `entries(request_id=...)` finds it again.
+
+        Raises:
+            ProgramError: `bad_value` for a request id outside its grammar, or a detail that is too long.
+        """
+        _check_request(request_id)
+        told = {**_bounded(detail), "codes": list(codes)}
+        with self._write() as (connection, now_ms):
+            return chain.append(
+                connection, Kind.refused, key_id=key_id, request_id=request_id, detail=told, time_ms=now_ms
+            )
+
+    def note(
+        self,
+        kind: Kind,
+        *,
+        key_id: str = "",
+        lineage: str = "",
+        digest: str = "",
+        detail: Mapping[str, str | int] | None = None,
+    ) -> Head:
+        """Enters what others decided: a policy that changed, a step of the airlock.
+
+        Raises:
+            ProgramError: `bad_value` for a kind that only the ledger writes, or a detail that is too long.
+        """
+        if kind not in chain.NOTES:
+            raise errors.refuse(
+                "bad_value", "kind", f"an entry {str(kind)[:40]!r} cannot be written from outside"
+            )
+        told = _bounded(detail or {})
+        with self._write() as (connection, now_ms):
+            return chain.append(
+                connection, kind, key_id=key_id, lineage=lineage, digest=digest, detail=told, time_ms=now_ms
+            )
+
+    def freeze(self, lineage: str, reason: str, *, key_id: str = "") -> Head:
+        """Stops a lineage: until it is thawed nothing is admitted, settled or replayed for it. Twice is once.
+
+        Args:
+            reason: told to whoever is refused; 1 to 200 printable characters.
+
+        Raises:
+            ProgramError: `bad_value`.
+        """
+        if not 1 <= len(reason) <= 200 or not reason.isprintable():
+            raise errors.refuse("bad_value", "reason", "a reason is 1 to 200 printable characters")
+        with self._write() as (connection, now_ms):
+            return accounts.freeze(connection, lineage, reason, key_id=key_id, now_ms=now_ms)
+
+    def thaw(self, lineage: str, *, key_id: str) -> Head:
+        """Lets a frozen lineage go on.
+
+        Raises:
+            ProgramError: `bad_value`.
+        """
+        with self._write() as (connection, now_ms):
+            return accounts.freeze(connection, lineage, "", key_id=key_id, now_ms=now_ms)
+
+    def raise_limits(self, owner: str, lineage: str, limits: Limits, *, approval: str) -> Head:
+        """Gives an open account larger limits. They hold until configuration asks for less than ever before.
+
+        Args:
+            limits: both windows; the one that stays as it is is named too.
+            approval: id of the approval that allows it; without one nothing may call this.
+
+        Raises:
+            ProgramError: `bad_value` when no such account is open, or a limit would sink or be lifted.
+        """
+        if not approval:
+            raise errors.refuse("bad_value", "approval", "a raise needs the id of its approval")
+        with self._write() as (connection, now_ms):
+            return accounts.raise_limits(connection, owner, lineage, limits, approval=approval, now_ms=now_ms)
+
+    def balance(self, lineage: str, payers: Sequence[Payer], limits: Limits) -> Balance:
+        """The accounts of an operation, as a reservation made now would find them; nothing is opened."""
         with self._database.read() as connection:
-            key = accounts.find(connection, principal.key_id, lineage.name)
-            everyone = accounts.find(connection, EVERYONE, lineage.name)
-        return Balance(
-            key or Account(principal.key_id, lineage.name, key_limit, 0, 0),
-            everyone or Account(EVERYONE, lineage.name, self._policy.lineage_limit_bits(lineage), 0, 0),
-        )
+            return accounts.balance(connection, lineage, with_everyone(payers, limits), self._now_ms())
 
     def balances(self) -> tuple[Account, ...]:
         """All accounts, by lineage, the lineage's own first."""
@@ -200,11 +279,24 @@ class Ledger:
             return accounts.every(connection)
 
     def entries(
-        self, *, after_seq: int = 0, limit: int = 100, key_id: str = "", lineage: str = ""
+        self,
+        *,
+        after_seq: int = 0,
+        limit: int = 100,
+        key_id: str = "",
+        lineage: str = "",
+        request_id: str = "",
     ) -> tuple[Entry, ...]:
         """At most `limit` entries of the log after `after_seq`, oldest first; empty words mean any."""
         with self._database.read() as connection:
-            return chain.entries(connection, after_seq=after_seq, limit=limit, key_id=key_id, lineage=lineage)
+            return chain.entries(
+                connection,
+                after_seq=after_seq,
+                limit=limit,
+                key_id=key_id,
+                lineage=lineage,
+                request_id=request_id,
+            )
 
     def latest(self, key_id: str, limit: int) -> tuple[Entry, ...]:
         """The last `limit` entries of one key, oldest first."""
@@ -230,121 +322,62 @@ class Ledger:
         with self._database.read() as connection:
             return chain.verify(connection) or audit.differences(connection)
 
-    def _open_accounts(self, connection: Connection, principal: Principal, lineage: Lineage) -> None:
-        accounts.declare(connection, lineage, self._policy.lineage_limit_bits(lineage))
-        limit_bits = self._policy.cap_bits(principal.tier, lineage.secret_bits)
-        accounts.ensure(connection, principal.key_id, lineage.name, limit_bits)
-
     def _admit(
-        self,
-        connection: Connection,
-        key_id: KeyId,
-        lineage: str,
-        bits: int,
-        *,
-        request_digest: str,
-        idempotency_key: str | None,
-    ) -> Reservation:
-        for owner in (key_id, EVERYONE):
-            accounts.hold(connection, owner, lineage, bits)
-        reservation = Reservation(ReservationId(secrets.token_hex(16)), key_id, lineage, bits)
-        connection.execute(
-            insert(RESERVATIONS).values(
-                id=reservation.id,
-                instance=self._database.presence.instance,
-                key_id=key_id,
-                lineage=lineage,
-                state=_OPEN,
-                reserved_bits=bits,
-                spent_bits=0,
-                idempotency_key=idempotency_key,
-                request_digest=request_digest,
-                payload_digest="",
-            )
-        )
-        chain.append(
+        self, connection: Connection, ask: Ask, every: Sequence[Payer], exposure: Exposure, now_ms: int
+    ) -> Reservation | None:
+        """Holds the bits in every account; None when a limit was lowered, which is kept whatever comes next."""
+        touched = accounts.touch(connection, ask.lineage, every, now_ms)
+        if touched.lowered:
+            return None
+        accounts.hold(connection, touched.accounts, ask.bits, now_ms)
+        exposed = exposures.record(connection, exposure, accounts.owner_of(ask.key_id), ask.lineage)
+        return reservations.admit(
             connection,
-            Kind.admitted,
-            key_id=key_id,
-            lineage=lineage,
-            reservation=reservation.id,
-            held_bits=bits,
-            digest=request_digest,
+            ask,
+            [payer.owner for payer in every[:-1]],
+            instance=self._database.presence.instance,
+            exposed=exposed,
+            now_ms=now_ms,
         )
-        return reservation
 
-    def _running(self, connection: Connection, reservation: Reservation, bits: int) -> RowMapping:
-        """The open row of a reservation of this process, if it may be closed at `bits`."""
-        mine = and_(
-            RESERVATIONS.c.id == reservation.id,
-            RESERVATIONS.c.instance == self._database.presence.instance,
-            RESERVATIONS.c.state == _OPEN,
-        )
-        row = connection.execute(select(RESERVATIONS).where(mine)).mappings().one_or_none()
-        if row is None:
-            raise errors.refuse("reservation_closed", "", f"reservation {reservation.id} is not open here")
-        whole_bits(bits, "spent_bits", least=self._policy.overhead_bits)
-        if bits > row["reserved_bits"]:
-            reason = f"{bits} bits were spent of {row['reserved_bits']} reserved"
+    @contextmanager
+    def _write(self) -> Iterator[tuple[Connection, int]]:
+        """One transaction, and the time of all that happens in it."""
+        with self._database.write() as connection:
+            yield connection, self._now_ms()
+            seq = 0 if self._anchors is None else chain.head(connection).seq
+        if self._anchors is not None:
+            self._anchors.wrote(seq)
+
+    def _now_ms(self) -> int:
+        now_ms = self._clock()
+        if not 0 <= now_ms < LAST_MS:
+            raise unavailable("its clock is not in a year from 1970 to 9998")
+        return now_ms
+
+    def _check_spent(self, bits: int, reserved_bits: int) -> None:
+        whole_bits(bits, "spent_bits", least=self._overhead_bits)
+        if bits > reserved_bits:
+            reason = f"{bits} bits were spent of {reserved_bits} reserved"
             raise errors.refuse("bad_bits", "spent_bits", reason)
-        return row
 
 
-def _close(connection: Connection, row: RowMapping, kind: Kind, spent_bits: int, digest: str = "") -> Charge:
-    """Ends an open reservation in both accounts, its row and the log."""
-    key_id, lineage, reserved = row["key_id"], row["lineage"], row["reserved_bits"]
-    values: dict[str, Any] = {"state": str(kind), "spent_bits": spent_bits, "payload_digest": digest}
-    if kind is not Kind.settled:
-        values["idempotency_key"] = None
-    for owner in (key_id, EVERYONE):
-        accounts.close(connection, owner, lineage, held_bits=reserved, charged_bits=spent_bits)
-    connection.execute(update(RESERVATIONS).where(RESERVATIONS.c.id == row["id"]).values(**values))
-    head = chain.append(
-        connection,
-        kind,
-        key_id=key_id,
-        lineage=lineage,
-        reservation=row["id"],
-        held_bits=-reserved,
-        charged_bits=spent_bits,
-        digest=digest,
-    )
-    both = (accounts.must_find(connection, owner, lineage) for owner in (key_id, EVERYONE))
-    return Charge(head.seq, head.hash, spent_bits, Balance(*both).left_bits)
-
-
-def _earlier(connection: Connection, key_id: KeyId, idempotency_key: str) -> RowMapping | None:
-    same = and_(RESERVATIONS.c.key_id == key_id, RESERVATIONS.c.idempotency_key == idempotency_key)
-    return connection.execute(select(RESERVATIONS).where(same)).mappings().one_or_none()
-
-
-def _replay(connection: Connection, row: RowMapping, lineage: str, request_digest: str) -> Replay:
-    if (row["lineage"], row["request_digest"]) != (lineage, request_digest):
-        name = repr(row["idempotency_key"])
-        raise errors.refuse("idempotency_conflict", "idempotency_key", f"{name} was used for another request")
-    if row["state"] == _OPEN:
-        name = repr(row["idempotency_key"])
-        raise errors.refuse("still_running", "idempotency_key", f"the request {name} has not finished")
-    query = select(PAYLOADS.c.payload).where(PAYLOADS.c.reservation == row["id"])
-    payload = connection.execute(query).scalar_one()
-    # other bytes than those charged would leave for free
-    if hashlib.sha256(payload).hexdigest() != row["payload_digest"]:
-        raise unavailable("a stored payload is not the one that was charged")
-    head = chain.append(
-        connection,
-        Kind.replayed,
-        key_id=row["key_id"],
-        lineage=lineage,
-        reservation=row["id"],
-        digest=row["payload_digest"],
-    )
-    return Replay(payload, row["payload_digest"], row["spent_bits"], head)
-
-
-def _check_words(request_digest: str, idempotency_key: str | None) -> None:
+def _check_words(request_digest: str, idempotency_key: str | None, request_id: str) -> None:
     if not _DIGEST.fullmatch(request_digest):
         raise errors.refuse("bad_value", "request_digest", "a request digest is 64 hex digits")
     if idempotency_key is not None and not _IDEMPOTENCY_KEY.fullmatch(idempotency_key):
         raise errors.refuse(
             "bad_value", "idempotency_key", "an idempotency key is 1 to 200 visible ASCII characters"
         )
+    _check_request(request_id)
+
+
+def _check_request(request_id: str) -> None:
+    if not _REQUEST.fullmatch(request_id):
+        raise errors.refuse("bad_value", "request_id", "a request id is at most 64 visible ASCII characters")
+
+
+def _bounded(detail: Mapping[str, str | int]) -> Mapping[str, str | int]:
+    if len(chain.canonical(detail)) > MOST_DETAIL:
+        raise errors.refuse("bad_value", "detail", f"a detail has at most {MOST_DETAIL} characters")
+    return detail

@@ -21,12 +21,10 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, model_validator
 
 from trocar import errors
+from trocar.gate.limits import Limits, whole_bits
 from trocar.graph.cost import FLOAT_BITS, Prices
 from trocar.graph.labels import FREE, RawDoor, Rules
 from trocar.strict import Strict
-
-MAX_BITS: Final = 2**62
-"""Largest amount of bits anywhere in the gate; sums of two still fit a signed 64-bit column."""
 
 _PPM: Final = 1_000_000
 _LINEAGE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,199}")
@@ -44,42 +42,20 @@ class Tier(StrEnum):
 
 
 class Role(StrEnum):
-    """What a key may do besides running programs; an operator also mints and revokes keys."""
+    """What a key may do; the table is in `roles.py`."""
 
-    researcher = "researcher"
+    owner = "owner"
+    """Answers for the server: everything an operator and a checker may, and the policy."""
+    checker = "checker"
+    """Reviews what waits in the airlock; runs nothing."""
     operator = "operator"
-
-
-def whole_bits(value: int, name: str, *, least: int = 0) -> int:
-    """Returns `value` if it is an exact amount of bits.
-
-    Args:
-        value: the amount; `True`, `1.0` and numpy integers are not amounts.
-        name: the argument's name, for the refusal.
-        least: the smallest amount accepted.
-
-    Raises:
-        ServerFault: `bad_bits` when it is not of type int, or not in [least, 2**62].
-    """
-    if type(value) is not int:
-        raise errors.refuse("bad_bits", name, f"{name} is a {type(value).__name__}, not an int")
-    if not least <= value <= MAX_BITS:
-        shown = str(value) if abs(value) <= MAX_BITS else f"an integer of {value.bit_length()} binary digits"
-        raise errors.refuse("bad_bits", name, f"{name} is {shown}; it must be in [{least}, 2**62]")
-    return value
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What an account may spend; None: counted, not capped.
-
-    Attributes:
-        life_bits: ever.
-        day_bits: on one day (UTC).
-    """
-
-    life_bits: int | None
-    day_bits: int | None
+    """Runs the server: makes and ends keys, sees the engine's counters and the log."""
+    auditor = "auditor"
+    """Reads the log and nothing else."""
+    researcher = "researcher"
+    """Runs programs."""
+    agent = "agent"
+    """Runs programs, unattended."""
 
 
 UNCAPPED: Final = Limits(None, None)
@@ -304,12 +280,6 @@ class Policy(Strict):
         """Of all keys of a project together."""
         found = self.projects.get(name, Project())
         return _limits(found.life_ppm, found.day_ppm, lineage)
-
-    def cap_bits(self, tier: Tier, weight_bits: int) -> int | None:
-        return self.limits(tier, Lineage("x", weight_bits, None)).life_bits
-
-    def lineage_limit_bits(self, lineage: Lineage) -> int | None:
-        return self.lineage_limits(lineage).life_bits
 
     def rank_limit(self, tier: Tier, width: int) -> int | None:
         """Directions of a site of `width` that a key may have scored; None: not limited."""

@@ -28,8 +28,17 @@ def read(text: str) -> Policy:
         found = tomllib.loads(text)
     except tomllib.TOMLDecodeError as e:
         raise errors.refuse("bad_policy", "$", f"the file is not TOML: {e}") from None
+    return from_json(json.dumps(found, default=str))
+
+
+def from_json(text: str) -> Policy:
+    """Reads a policy as JSON.
+
+    Raises:
+        ProgramError: `bad_policy`, as `read`.
+    """
     try:
-        return Policy.model_validate_json(json.dumps(found, default=str))
+        return Policy.model_validate_json(text)
     except ValidationError as e:
         faults = [_fault(f) for f in e.errors(include_url=False, include_input=False)]
         raise errors.ProgramError(faults[:20]) from None

@@ -1,4 +1,4 @@
-"""Which processes that use the database are alive: one locked file per process, nothing else.
+"""Which processes that use a ledger in a file are alive: one locked file per process, nothing else.
 
 A process creates `<instance>.live` and holds an exclusive `flock` on it until it ends; the kernel lets go of
 the lock whatever the end was, SIGKILL and power loss included. So "is it dead?" is "can its file be locked?".
@@ -50,6 +50,9 @@ class Presence:
                 self._path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = -1
+
+    def renew(self) -> None:
+        """Nothing to do: the kernel takes no lock from a process that lives."""
 
     def is_dead(self, instance: str) -> bool:
         """Whether nobody holds the file of `instance`, or it is gone."""

@@ -1,8 +1,8 @@
-"""The gate's tables: six kinds of row, no behaviour.
+"""The gate's tables: what kinds of row there are, no behaviour.
 
 `log` is the truth; the other tables are what it adds up to, kept so that a budget can be checked in one
 look-up. The CHECK constraints repeat what the code enforces: a second line, held by the database itself.
-Nothing here is specific to SQLite.
+Nothing here is specific to one database.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 METADATA: Final = MetaData()
 _Whole: Final = BigInteger().with_variant(Integer, "sqlite")  # makes `seq` SQLite's row id
 
@@ -34,10 +34,28 @@ KEYS: Final = Table(
     Column("tenant", String(64), nullable=False),
     Column("tier", String(16), nullable=False),
     Column("role", String(16), nullable=False),
+    Column("project", String(64), nullable=False),
+    Column("holder", String(254), nullable=False),
+    Column("scope", String, nullable=False),
+    Column("made_by", String(16), nullable=False),
     Column("note", String(200), nullable=False),
     Column("secret_sha256", String(64), nullable=False),
     Column("created_ms", _Whole, nullable=False),
     Column("revoked_ms", _Whole),
+)
+
+TOKEN_ROOTS: Final = Table(
+    "token_roots",
+    METADATA,
+    Column("public_key", String(64), primary_key=True),
+    Column("made_ms", _Whole, nullable=False),
+)
+
+REVOKED_TOKENS: Final = Table(
+    "revoked_tokens",
+    METADATA,
+    Column("token_id", String(32), primary_key=True),
+    Column("revoked_ms", _Whole, nullable=False),
 )
 
 LINEAGES: Final = Table(
@@ -46,18 +64,31 @@ LINEAGES: Final = Table(
     Column("name", String(200), primary_key=True),
     Column("secret_bits", _Whole, nullable=False),
     Column("cap", String(16), nullable=False),
+    Column("frozen", String(200), nullable=False),
 )
 
 ACCOUNTS: Final = Table(
     "accounts",
     METADATA,
-    Column("owner", String(16), primary_key=True),
+    Column("owner", String(200), primary_key=True),
     Column("lineage", String(200), ForeignKey("lineages.name"), primary_key=True),
-    Column("limit_bits", _Whole),
     Column("charged_bits", _Whole, nullable=False),
     Column("held_bits", _Whole, nullable=False),
-    CheckConstraint("charged_bits >= 0 AND held_bits >= 0", name="not_negative"),
-    CheckConstraint("limit_bits IS NULL OR charged_bits + held_bits <= limit_bits", name="within_limit"),
+    Column("limit_bits", _Whole),
+    Column("asked_bits", _Whole),
+    Column("grace_bits", _Whole, nullable=False),
+    Column("day", _Whole, nullable=False),
+    Column("day_bits", _Whole, nullable=False),
+    Column("day_limit_bits", _Whole),
+    Column("day_asked_bits", _Whole),
+    Column("day_grace_bits", _Whole, nullable=False),
+    CheckConstraint("charged_bits >= 0 AND held_bits >= 0 AND day_bits >= held_bits", name="not_negative"),
+    CheckConstraint(
+        "limit_bits IS NULL OR charged_bits + held_bits <= limit_bits + grace_bits", name="within_limit"
+    ),
+    CheckConstraint(
+        "day_limit_bits IS NULL OR day_bits <= day_limit_bits + day_grace_bits", name="within_day"
+    ),
 )
 
 RESERVATIONS: Final = Table(
@@ -73,6 +104,8 @@ RESERVATIONS: Final = Table(
     Column("idempotency_key", String(200)),
     Column("request_digest", String(64), nullable=False),
     Column("payload_digest", String(64), nullable=False),
+    Column("owners", String, nullable=False),
+    Column("request_id", String(64), nullable=False),
     UniqueConstraint("key_id", "idempotency_key"),
     CheckConstraint("spent_bits >= 0 AND spent_bits <= reserved_bits", name="within_reservation"),
     Index("by_state", "state"),
@@ -94,6 +127,7 @@ LOG: Final = Table(
     Column("key_id", String(16), nullable=False),
     Column("lineage", String(200), nullable=False),
     Column("reservation", String(32), nullable=False),
+    Column("request_id", String(64), nullable=False),
     Column("held_bits", _Whole, nullable=False),
     Column("charged_bits", _Whole, nullable=False),
     Column("digest", String(64), nullable=False),
@@ -101,6 +135,27 @@ LOG: Final = Table(
     Column("previous", String(64), nullable=False),
     Column("hash", String(64), nullable=False),
     Index("by_reservation", "reservation"),
+    Index("by_request", "request_id"),
+    Index("by_key", "key_id", "seq"),
+)
+
+DIRECTIONS: Final = Table(
+    "directions",
+    METADATA,
+    Column("owner", String(200), primary_key=True),
+    Column("lineage", String(200), ForeignKey("lineages.name"), primary_key=True),
+    Column("site", String(200), primary_key=True),
+    Column("digest", String(64), primary_key=True),
+    Column("rank", _Whole, nullable=False),
+    CheckConstraint("rank >= 1", name="some_rank"),
+)
+
+ENDS: Final = Table(
+    "ends",
+    METADATA,
+    Column("lineage", String(200), ForeignKey("lineages.name"), primary_key=True),
+    Column("map", String(200), primary_key=True),
+    Column("end", String(3), nullable=False),
 )
 
 HEAD: Final = Table(
@@ -110,5 +165,7 @@ HEAD: Final = Table(
     Column("schema", _Whole, nullable=False),
     Column("seq", _Whole, nullable=False),
     Column("hash", String(64), nullable=False),
+    Column("ledger", String(32), nullable=False),
+    Column("anchored", _Whole, nullable=False),
     CheckConstraint("id = 1", name="one_row"),
 )

@@ -19,10 +19,12 @@ from trocar.gate.handles import ACTIVATIONS, Handle
 from trocar.gate.keys import Principal
 from trocar.gate.policy import Tier
 from trocar.gate.release import Released
+from trocar.gate.roles import Power
+from trocar.gate.use import Use
 from trocar.graph.cost import STORED_BYTES_PER_NUMBER, Cost, Prices
 from trocar.graph.facts import ModelFacts
 from trocar.graph.spec import EDITS, SPEC
-from trocar.service import fits
+from trocar.service import fits, uses
 from trocar.service.jobs import Claim, Jobs, Kind, Work
 from trocar.service.prepare import Prepared, Vectors, digest, prepare
 from trocar.service.runs import Run
@@ -54,6 +56,7 @@ class _Ask:
     cost: Cost
     digest: str
     idempotency_key: str | None
+    use: Use
 
 
 class Service:
@@ -139,7 +142,14 @@ class Service:
         """Admits a program and starts its job."""
         model = self._model(request.model)
         prepared = self._prepare(principal, request, vectors, model)
-        ask = _Ask("run", prepared.sequences, prepared.cost, prepared.digest, idempotency_key)
+        ask = _Ask(
+            "run",
+            prepared.sequences,
+            prepared.cost,
+            prepared.digest,
+            idempotency_key,
+            uses.of_run(prepared, model.facts),
+        )
 
         def work(hold: Hold) -> Work:
             ordered = Request.of(hold.reservation.id, principal.tenant, prepared, model)
@@ -160,7 +170,14 @@ class Service:
         steps = prepare_session(request, vectors, model, self.gate.handles, principal.tenant, prices)
         total = sum(step.sequences for step in steps)
         cost = session_cost([step.cost for step in steps])
-        ask = _Ask("session", total, cost, digest(request, vectors), idempotency_key)
+        ask = _Ask(
+            "session",
+            total,
+            cost,
+            digest(request, vectors),
+            idempotency_key,
+            uses.of_session(steps, model.facts),
+        )
 
         def work(hold: Hold) -> Work:
             name, tenant = hold.reservation.id, principal.tenant
@@ -182,7 +199,14 @@ class Service:
         if request.target is not None:
             target = self.gate.handles.find(principal.tenant, request.target)
         asked = fits.ask(request, of, target, prices.rules)
-        ask = _Ask("fit", len(of.shapes), asked.cost(prices), fits.fit_digest(request), idempotency_key)
+        ask = _Ask(
+            "fit",
+            len(of.shapes),
+            asked.cost(prices),
+            fits.fit_digest(request),
+            idempotency_key,
+            uses.of_fit(tuple(of.shapes)),
+        )
 
         def work(hold: Hold) -> Work:
             return fits.Fit(asked, model, self.gate, self._jobs, hold).work
@@ -197,7 +221,7 @@ class Service:
         if running is not None:
             return release.public(running, 202)
         self._jobs.require_room(principal.tenant)
-        hold = self.gate.reserve(principal, model.facts, model.text, ask.cost, ask.digest, key)
+        hold = self.gate.reserve(principal, model.facts, model.text, ask.cost, ask.digest, key, ask.use)
         if isinstance(hold, Released):
             return release.public(self._jobs.finished(principal.tenant, ask.kind, ask.total, hold))
         try:
@@ -250,7 +274,7 @@ class Service:
 
     def engine(self, principal: Principal) -> Released:
         """Batch counters over all models."""
-        self.gate.require_operator(principal)
+        self.gate.require(principal, Power.operate)
         stats = [m.worker.stats() for m in self._models.values()]
         return release.public(
             about.EngineView(
@@ -263,7 +287,7 @@ class Service:
         """Broken invariants of every room; empty when all is well."""
         workers = [problem for m in self._models.values() for problem in m.worker.check()]
         rooms = [problem for room in self._rooms for problem in room.check()]
-        return workers + self._jobs.check() + rooms + self.gate.ledger.check()
+        return workers + self._jobs.check() + rooms + self.gate.check()
 
     def halt(self) -> None:
         """Stops the engines, so that what waits for them fails now; everything else stays open."""

@@ -32,12 +32,20 @@ class RefusalView(Strict):
 
 
 class BudgetView(Strict):
-    """Lifetime budget of the calling key for one lineage; None means counted, not capped."""
+    """Budget of the calling key for one lineage; None means counted, not capped.
+
+    Attributes:
+        limit_bits: for life.
+        left_bits: what can be reserved now: the least that key, project, token and lineage have left, for life and
+            for today.
+        day_limit_bits: for a day.
+    """
 
     tier: str
     limit_bits: int | None
     spent_bits: int
     left_bits: int | None
+    day_limit_bits: int | None = None
 
 
 class PlanView(Public):

@@ -11,20 +11,27 @@ import pytest
 from trocar.gate.database import Database
 from trocar.gate.keys import Keys
 from trocar.gate.ledger import Ledger, Reservation
-from trocar.gate.policy import Lineage, Policy, Role, Tier
+from trocar.gate.limits import Limits, Payer
+from trocar.gate.policy import Lineage, Role, Tier
 
 LINEAGE = Lineage("base", 2_000_000_000, Tier.external)
 DIGEST = "0" * 64
+LIMITS = Limits(2_000_000)
 
 
-def spend(home: Path, secret: str, *, leave_open: bool = False) -> None:
+def spend(home: Path, secret: str, *, leave_open: bool = False, **options: Any) -> None:
     """1,000 bits charged of 50,000 reserved; or all of them left held by a process that is gone."""
     database = Database(f"sqlite:///{home / 'data' / 'ledger.db'}")
-    ledger = Ledger(database, Policy())
-    held = ledger.reserve(Keys(database).authenticate(secret), LINEAGE, 50_000, request_digest=DIGEST)
+    ledger = Ledger(database, **options)
+    who = Keys(database).authenticate(secret)
+    payers = (Payer(f"key:{who.key_id}", LIMITS),)
+    held = ledger.reserve(
+        who, LINEAGE, 50_000, payers=payers, limits=LIMITS, request_digest=DIGEST, request_id="req_1"
+    )
     assert isinstance(held, Reservation)
     if not leave_open:
         ledger.settle(held, 1_000, b"x")
+    ledger.close()
     database.close()
 
 

@@ -20,8 +20,9 @@ from trocar.errors import kind_of
 pytestmark = [pytest.mark.model, pytest.mark.e2e]
 ROOT = reference.ROOT
 DOCS = reference.DOCS
-# programs.md only records; its blocks run in test_docs_reference, those of the others in test_docs_pages
-ELSEWHERE = {DOCS / name for name in ("programs.md", *PAGES)}
+# programs.md only records; its blocks run in test_docs_reference, that of keys.md in test_docs_keys, those of the
+# others in test_docs_pages
+ELSEWHERE = {DOCS / name for name in ("programs.md", "keys.md", *PAGES)}
 
 
 @pytest.fixture(scope="module", autouse=True)

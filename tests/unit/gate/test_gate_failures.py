@@ -16,9 +16,10 @@ from gate_room import Room, code_of
 from sqlalchemy import event
 
 from trocar.errors import TrocarError
-from trocar.gate.database import Database, _on_connect
+from trocar.gate.database import Database
 from trocar.gate.policy import Role, Tier
 from trocar.gate.presence import Presence
+from trocar.gate.sqlite import _on_connect
 
 
 def _unavailable(act: Callable[[], object]) -> str:
@@ -26,11 +27,13 @@ def _unavailable(act: Callable[[], object]) -> str:
         act()
     assert code_of(e) == "ledger_unavailable"
     assert e.value.retryable
-    assert "/" not in e.value.reason.replace("sqlite:///FILE", "")
+    said = e.value.reason.replace("sqlite:///FILE", "").replace("postgresql+psycopg://USER@HOST/DATABASE", "")
+    assert "/" not in said
     return e.value.reason
 
 
-def test_a_read_only_database_admits_and_charges_nothing(gate: Room) -> None:
+def test_a_read_only_database_admits_and_charges_nothing(file_gate: Room) -> None:
+    gate = file_gate
     who = gate.key()
     held = gate.reserve(who, 100)
     before = gate.ledger.head()
@@ -38,7 +41,7 @@ def test_a_read_only_database_admits_and_charges_nothing(gate: Room) -> None:
     def read_only(raw: sqlite3.Connection, _record: object, _proxy: object) -> None:
         raw.execute("PRAGMA query_only=ON")
 
-    event.listen(gate.database._engine, "checkout", read_only)
+    event.listen(gate.database._backend.engine, "checkout", read_only)
     for act in (
         lambda: gate.ask(who, 10),
         lambda: gate.ledger.settle(held, 10, b""),
@@ -47,7 +50,7 @@ def test_a_read_only_database_admits_and_charges_nothing(gate: Room) -> None:
         lambda: gate.keys.revoke(who.key_id),
     ):
         _unavailable(act)
-    event.remove(gate.database._engine, "checkout", read_only)
+    event.remove(gate.database._backend.engine, "checkout", read_only)
     gate.crash()
     assert gate.ledger.entries()[before.seq - 1].hash == before.hash
     assert gate.used(who) == (100, 0)
@@ -58,20 +61,23 @@ def test_a_commit_that_fails_charges_nothing(gate: Room, monkeypatch: pytest.Mon
     held = gate.reserve(who, 100)
     before = gate.ledger.head()
 
+    dialect = gate.database._backend.engine.dialect
+
     def no_fsync(_raw: object) -> None:
-        raise sqlite3.OperationalError("disk I/O error on /secret/path")
+        raise dialect.dbapi.OperationalError("disk I/O error on /secret/path")
 
     with monkeypatch.context() as patch:
-        patch.setattr(gate.database._engine.dialect, "do_commit", no_fsync)
+        patch.setattr(dialect, "do_commit", no_fsync)
         for act in (lambda: gate.ledger.settle(held, 10, b""), lambda: gate.ask(who, 10)):
             _unavailable(act)
     assert gate.ledger.head() == before
     assert gate.ledger.settle(held, 10, b"").spent_bits == 10
 
 
-def test_a_disk_that_fills_up_fails_closed_and_recovers(gate: Room) -> None:
+def test_a_disk_that_fills_up_fails_closed_and_recovers(file_gate: Room) -> None:
+    gate = file_gate
     made = gate.keys.create("lab", Tier.trusted, Role.researcher)
-    with start("full", gate.path, made.secret) as process:
+    with start("full", gate.place, made.secret) as process:
         out, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
     told = json.loads(out)
@@ -84,13 +90,13 @@ def test_a_disk_that_fills_up_fails_closed_and_recovers(gate: Room) -> None:
 
 def test_a_writer_that_never_ends_is_not_waited_for_forever(gate: Room) -> None:
     who = gate.key()
-    gate.database.close()
+    gate.close()
     gate.open(busy_s=0.05)
-    with closing(sqlite3.connect(gate.path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
+    other = Database(gate.place.url)
+    with other.write():
         _unavailable(lambda: gate.ask(who, 10))
         assert gate.ledger.verify() == []  # readers do not wait
-        other.execute("ROLLBACK")
+    other.close()
     gate.reserve(who, 10)
 
 
@@ -102,9 +108,8 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path, content: bytes) -
 
 
 def test_a_database_of_another_schema_is_refused(broken_gate: Room) -> None:
-    with closing(sqlite3.connect(broken_gate.path)) as raw, raw:
-        raw.execute("UPDATE head SET schema = 2")
-    assert "schema 2" in _unavailable(lambda: Database(f"sqlite:///{broken_gate.path}"))
+    broken_gate.place.sql("UPDATE head SET schema = 99")
+    assert "schema 99" in _unavailable(lambda: Database(broken_gate.place.url))
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
@@ -121,11 +126,12 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         "sqlite:///file:x?mode=memory&uri=true",
         "sqlite:////tmp/x.db?timeout=1",
         "postgresql://host/db",
+        "mysql://host/db",
         "ledger.db",
         "",
     ],
 )
-def test_only_a_file_of_sqlite_is_a_ledger(url: str) -> None:
+def test_only_the_two_kinds_of_url_are_a_ledger(url: str) -> None:
     _unavailable(lambda: Database(url))
 
 
@@ -133,25 +139,23 @@ def test_a_lost_account_stops_the_charge(broken_gate: Room) -> None:
     gate, who = broken_gate, broken_gate.key()
     held = gate.reserve(who, 100)
     for damage in ("UPDATE accounts SET held_bits = 0 WHERE owner = '*'", "DELETE FROM accounts"):
-        with closing(sqlite3.connect(gate.path)) as raw, raw:
-            raw.execute(damage)
+        gate.place.sql(damage)
         _unavailable(lambda: gate.ledger.settle(held, 10, b""))
 
 
 def test_a_payload_changed_on_disk_is_never_replayed(broken_gate: Room) -> None:
     gate, who = broken_gate, broken_gate.key()
     gate.ledger.settle(gate.reserve(who, 100, idem="k"), 10, b"charged")
-    for damage in ("UPDATE payloads SET payload = x'00'", "DELETE FROM payloads"):
-        with closing(sqlite3.connect(gate.path)) as raw, raw:
-            raw.execute(damage)
+    zero = "x'00'" if gate.place.kind == "sqlite" else "'\\\\x00'"
+    for damage in (f"UPDATE payloads SET payload = {zero}", "DELETE FROM payloads"):
+        gate.place.sql(damage)
         _unavailable(lambda: gate.ask(who, 100, idem="k"))
 
 
 def test_an_instance_name_from_a_damaged_row_is_no_path(broken_gate: Room) -> None:
     gate, who = broken_gate, broken_gate.key()
     gate.reserve(who, 100)
-    with closing(sqlite3.connect(gate.path)) as raw, raw:
-        raw.execute("UPDATE reservations SET instance = '../../etc/passwd'")
+    gate.place.sql("UPDATE reservations SET instance = '../../etc/passwd'")
     assert [c.spent_bits for c in gate.ledger.recover()] == [100]
 
 
@@ -169,7 +173,7 @@ def test_a_forked_child_is_refused_and_does_not_end_its_parent(gate: Room) -> No
         finally:
             os._exit(3)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    second = Room(gate.path)
+    second = Room(gate.place)
     second.database.close()
     assert gate.ledger.settle(held, 10, b"").spent_bits == 10
 
@@ -195,13 +199,14 @@ def test_a_file_system_without_wal_is_refused() -> None:
         assert "memory" in _unavailable(lambda: _on_connect(raw, None))
 
 
-def test_files_of_dead_processes_are_swept(gate: Room) -> None:
+def test_files_of_dead_processes_are_swept(file_gate: Room) -> None:
+    gate = file_gate
     made = gate.keys.create("lab", Tier.open, Role.researcher)
-    with start("storm", gate.path, made.secret) as process:
+    with start("storm", gate.place, made.secret) as process:
         process.stdout.readline()
         process.kill()
         assert process.wait() == -signal.SIGKILL
-    locks = gate.path.with_name("ledger.db.locks")
+    locks = gate.place.folder / "ledger.db.locks"
     assert len(list(locks.glob("*.live"))) == 2
     gate.crash()
     assert len(list(locks.glob("*.live"))) == 1

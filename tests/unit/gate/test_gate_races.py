@@ -10,11 +10,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gate_processes import emitted_bits, start, stop_file
+from gate_places import Place
+from gate_processes import emitted_bits, go_file, nest, stop_file
 from gate_room import Room
 
 from trocar.errors import TrocarError, refuse
@@ -23,6 +24,7 @@ from trocar.gate.policy import Role, Tier
 THREADS = 50
 LIMIT = 1000
 STEP = 7
+KILLS = 50
 
 
 @dataclass
@@ -135,51 +137,49 @@ def test_a_reservation_settled_by_many_threads_is_charged_once(gate: Room) -> No
     assert gate.used(who) == (9, 0)
 
 
-def test_eight_processes_never_overspend(gate: Room) -> None:
+def test_eight_processes_of_fifty_threads_never_overspend(gate: Room) -> None:
     made = gate.keys.create("lab", Tier.external, Role.researcher)
-    with ExitStack() as stack:
-        racers = [stack.enter_context(start("race", gate.path, made.secret)) for _ in range(8)]
+    with nest(gate.place, made.secret) as here:
+        racers = [here.start("race") for _ in range(8)]
         for racer in racers:
-            racer.stdout.readline()
-        for racer in racers:
-            racer.stdin.write("go\n")
-            racer.stdin.flush()
-        told = [json.loads(racer.communicate(timeout=60)[0]) for racer in racers]
-    assert {t["code"] for t in told} == {"budget_exhausted"}
+            here.begun(racer)
+        go_file(gate.place.folder).touch()
+        assert [here.end(racer, kill=False) for racer in racers] == [(0, "")] * 8
+        told = [json.loads(here.said(racer)[-1]) for racer in racers]
+    assert Counter(code for t in told for code in t["codes"]) == {"budget_exhausted": 8 * THREADS}
     assert sum(t["total"] for t in told) == LIMIT
     assert sum(t["total"] > 0 for t in told) > 1  # it was a race
-    assert gate.used(made.principal) == (LIMIT, 0)
+    for owner in (f"key:{made.principal.key_id}", "project:p", "*"):
+        account = gate.account(owner)
+        assert (account.charged_bits, account.held_bits) == (LIMIT, 0)
 
 
 def test_processes_killed_at_random_never_emit_more_than_was_charged(gate: Room) -> None:
-    """Sixteen SIGKILLs beside one process that must not be harmed by any of them."""
+    """Fifty SIGKILLs for each kind of database, beside one process that must not be harmed by any of them."""
     made = gate.keys.create("lab", Tier.open, Role.researcher)
     rng = random.Random()
-    with ExitStack() as stack:
-        survivor = stack.enter_context(start("storm", gate.path, made.secret))
-        following = stack.enter_context(start("storm", gate.path, made.secret))
-        for _ in range(16):
-            victim, following = following, stack.enter_context(start("storm", gate.path, made.secret))
-            victim.stdout.readline()
-            time.sleep(rng.uniform(0, 0.15))
-            victim.kill()
-            victim.communicate()
-            assert victim.returncode == -signal.SIGKILL
-        survivor.stdout.readline()
-        following.stdout.readline()
-        stop_file(gate.path).touch()
-        for unharmed in (survivor, following):
-            _, err = unharmed.communicate(timeout=30)
-            assert (unharmed.returncode, err) == (0, "")
-    gate.ledger.recover()
-    (account,) = {a for a in gate.ledger.balances() if a.owner == made.principal.key_id}
-    recovered = _count(gate.path, "recovered")
-    assert recovered > 0  # some kills hit between reserve and settle
-    assert 0 < emitted_bits(gate.path) <= account.charged_bits
+    with nest(gate.place, made.secret) as here:
+        survivor = here.start("storm")
+        crowd = [here.start("storm") for _ in range(2)]
+        for _ in range(KILLS):
+            victim = crowd.pop(0)
+            crowd.append(here.start("storm"))
+            here.begun(victim)
+            time.sleep(rng.uniform(0, 0.1))
+            assert here.end(victim, kill=True) == (-signal.SIGKILL, "")
+        for one in (survivor, *crowd):
+            here.begun(one)
+        stop_file(gate.place.folder).touch()
+        assert [here.end(one, kill=False) for one in (survivor, *crowd)] == [(0, "")] * 3
+    gate.options = {"anchors": gate.place.folder / "anchors"}
+    gate.crash()  # starts beside the anchors that all of them wrote
+    account = gate.account(f"key:{made.principal.key_id}", "open")
+    assert _count(gate.place, "recovered") > 0  # some kills hit between reserve and settle
+    assert 0 < emitted_bits(gate.place.folder) <= account.charged_bits
     assert account.held_bits == 0
     assert gate.ledger.check() == []
 
 
-def _count(path: Path, kind: str) -> int:
-    with closing(sqlite3.connect(path)) as raw:
-        return int(raw.execute("SELECT count(*) FROM log WHERE kind = ?", (kind,)).fetchone()[0])
+def _count(place: Place, kind: str) -> int:
+    (row,) = place.sql(f"SELECT count(*) AS n FROM log WHERE kind = '{kind}'")
+    return int(row["n"])

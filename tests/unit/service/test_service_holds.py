@@ -203,7 +203,7 @@ def test_rows_of_another_model_are_not_fitted(fresh: Any, monkeypatch: pytest.Mo
 
 def test_a_fit_releases_as_many_numbers_as_its_price(fresh: Any) -> None:
     handle = _captured(fresh, 24)
-    for kind in METRICS:
+    for kind in set(METRICS) - {"linear_map"}:
         labels = tuple(float(i) for i in range(24)) if kind == "ridge" else tuple(i % 2 for i in range(24))
         found = wait(fresh, _fit(fresh, handle, labels, kind=kind))
         assert found["receipt"]["reserved_bits"] == sum(found["receipt"]["released_bits"].values())

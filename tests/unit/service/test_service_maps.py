@@ -13,7 +13,7 @@ from trocar.graph import ops
 from trocar.graph.program import Generation, Program
 from trocar.wire.requests import FitRequest, RunRequest
 
-WORDS = tuple(chr(97 + i) * (1 + i % 5) for i in range(26)) * 3
+WORDS = tuple(a + b + a for a in "abcdefghij" for b in "klmnopqrst")
 
 
 def captured(server: Any, who: str, model: str, *sites: str, prompts: tuple[str, ...] = WORDS) -> str:

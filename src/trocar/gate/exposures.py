@@ -1,0 +1,178 @@
+"""What was asked of a secret so far, counted inside the transaction that admits a request.
+
+Two counts that bits alone do not give. Directions: the vectors that a key, and all keys together, sent into
+one site; the sum of their ranks is how much of the matrix behind it was probed, and a direction seen before
+shows nothing new. Ends: of one linear map, the side that left first; whoever has both sides has the map.
+
+Nothing is ever taken back here: a request that failed was still asked. This module counts what it is told;
+which vectors a program sends, and which sites are the ends of one map, others know.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import Connection, func, insert, select
+
+from trocar import errors
+from trocar.gate.chain import Json
+from trocar.gate.limits import EVERYONE, MAX_BITS
+from trocar.gate.tables import DIRECTIONS, ENDS
+
+MOST_AT_ONCE: Final = 10_000
+"""Directions of one request; more would be one statement with too many parameters."""
+
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+_NAME: Final = re.compile(r"[!-~]{1,200}")
+
+
+@dataclass(frozen=True, slots=True)
+class Direction:
+    """A vector or matrix that a request sends into a site.
+
+    Attributes:
+        site: where.
+        digest: SHA-256 of the values, 64 hex digits: equal digests are one direction.
+        rank: how many dimensions it spans, at least 1.
+
+    Raises:
+        ProgramError: `bad_value`.
+    """
+
+    site: str
+    digest: str
+    rank: int
+
+    def __post_init__(self) -> None:
+        ranked = type(self.rank) is int and 1 <= self.rank <= MAX_BITS
+        if not (_NAME.fullmatch(self.site) and _DIGEST.fullmatch(self.digest) and ranked):
+            reason = f"no direction: {self.site[:80]!r}, {self.digest[:80]!r}, rank {str(self.rank)[:20]}"
+            raise errors.refuse("bad_value", "exposure.directions", reason)
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """A side of a linear map that a request exports: what goes in, or what comes out.
+
+    Raises:
+        ProgramError: `bad_value`.
+    """
+
+    map: str
+    end: str
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.map) or self.end not in ("in", "out"):
+            reason = f"no end of a map: {self.map[:80]!r}, {self.end[:20]!r}"
+            raise errors.refuse("bad_value", "exposure.ends", reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Exposure:
+    """What one request asks of a lineage.
+
+    Attributes:
+        key_limits: most rank per site for the key; a site without a row, and None, are counted only.
+        lineage_limits: the same for all keys together.
+    """
+
+    directions: tuple[Direction, ...] = ()
+    ends: tuple[End, ...] = ()
+    key_limits: Mapping[str, int] | None = None
+    lineage_limits: Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.directions) > MOST_AT_ONCE:
+            reason = f"{len(self.directions)} directions in one request; the most is {MOST_AT_ONCE}"
+            raise errors.refuse("bad_value", "exposure.directions", reason)
+
+
+def record(connection: Connection, exposure: Exposure, owner: str, lineage: str) -> dict[str, Json]:
+    """Counts an exposure for `owner` and for everyone; returns what of it is new, for the log.
+
+    Raises:
+        PolicyRefusal: `rank_exhausted` or `policy`; the caller's transaction must not commit then.
+    """
+    new: dict[tuple[str, str], Direction] = {}
+    for who, limits in ((owner, exposure.key_limits), (EVERYONE, exposure.lineage_limits)):
+        unseen = _unseen(connection, exposure.directions, who, lineage)
+        _require_room(connection, unseen, who, lineage, limits or {})
+        new.update({(d.site, d.digest): d for d in unseen})
+        if unseen:
+            connection.execute(insert(DIRECTIONS), [_row(d, who, lineage) for d in unseen])
+    detail: dict[str, Json] = {}
+    if new:
+        detail["directions"] = [[d.site, d.digest, d.rank] for d in new.values()]
+    ends = _new_ends(connection, exposure.ends, lineage)
+    if ends:
+        connection.execute(insert(ENDS), [{"lineage": lineage, "map": m, "end": e} for m, e in ends.items()])
+        detail["ends"] = [[m, e] for m, e in ends.items()]
+    return detail
+
+
+def _row(direction: Direction, owner: str, lineage: str) -> dict[str, str | int]:
+    named: dict[str, str | int] = {"owner": owner, "lineage": lineage}
+    return {**named, "site": direction.site, "digest": direction.digest, "rank": direction.rank}
+
+
+def _unseen(
+    connection: Connection, directions: Iterable[Direction], owner: str, lineage: str
+) -> list[Direction]:
+    """One each of the directions that the owner has not sent into their sites before."""
+    asked = {(d.site, d.digest): d for d in reversed(tuple(directions))}
+    if not asked:
+        return []
+    columns = DIRECTIONS.c
+    query = select(columns.site, columns.digest).where(
+        columns.owner == owner,
+        columns.lineage == lineage,
+        columns.site.in_({site for site, _ in asked}),
+        columns.digest.in_({digest for _, digest in asked}),
+    )
+    seen = {(row.site, row.digest) for row in connection.execute(query)}
+    return [d for name, d in asked.items() if name not in seen]
+
+
+def _require_room(
+    connection: Connection, unseen: Iterable[Direction], owner: str, lineage: str, limits: Mapping[str, int]
+) -> None:
+    wanted: Counter[str] = Counter()
+    for direction in unseen:
+        wanted[direction.site] += direction.rank
+    columns = DIRECTIONS.c
+    for site in sorted(wanted.keys() & limits.keys()):
+        here = (columns.owner == owner, columns.lineage == lineage, columns.site == site)
+        used = int(
+            connection.execute(select(func.coalesce(func.sum(columns.rank), 0)).where(*here)).scalar_one()
+        )
+        if wanted[site] > limits[site] - used:
+            whose = "everyone" if owner == EVERYONE else owner.replace(":", " ", 1)
+            raise errors.refuse(
+                "rank_exhausted",
+                site,
+                f"the request sends new directions of rank {wanted[site]} into {site!r}; "
+                f"{whose} has {max(0, limits[site] - used)} of {limits[site]} left on {lineage!r}",
+            )
+
+
+def _new_ends(connection: Connection, ends: Iterable[End], lineage: str) -> dict[str, str]:
+    asked = tuple(ends)
+    if not asked:
+        return {}
+    query = select(ENDS.c.map, ENDS.c.end).where(
+        ENDS.c.lineage == lineage, ENDS.c.map.in_({end.map for end in asked})
+    )
+    known = {row.map: row.end for row in connection.execute(query)}
+    first = dict(known)
+    for side in asked:
+        taken = first.setdefault(side.map, side.end)
+        if taken != side.end:
+            reason = (
+                f"the {taken!r} side of {side.map!r} is what may leave; the request asks for {side.end!r}"
+            )
+            raise errors.refuse("policy", side.map, reason)
+    return {name: end for name, end in first.items() if name not in known}
