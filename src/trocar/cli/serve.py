@@ -6,13 +6,11 @@ before it is printed, so a failed start never loses a secret.
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -20,7 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from trocar import errors
+from trocar.cli.access import Access, access, open_gate, print_access, saved_secret
 from trocar.cli.folder import DataOption, Folder
+from trocar.cli.logs import LogLevel, log_to_stderr
+from trocar.cli.sizes import Sizes
 
 if TYPE_CHECKING:
     from trocar.gate.gate import Gate
@@ -28,29 +29,22 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL: Final = "smollm2-135m-instruct"
 DEFAULT_PORT: Final = 8765
-ISOLATION: Final = (
-    "isolation: process. Programs are data and cannot run code; but all tenants share this process, so "
-    "nothing protects one from another's load, from timing, or from a fault in it."
-)
+ISOLATION: Final = {
+    "process": "isolation: process. Programs are data and cannot run code; but all tenants share this process, so "
+    "nothing protects one from another's load, from timing, or from a fault in it.",
+    "host": "isolation: host. The models run in a process of their own, which can hand the gate nothing but declared "
+    "arrays; tenants share that process. It runs as the same user: docs/security.md says what that leaves open.",
+}
 NO_TLS: Final = (
     "warning: there is no TLS on {host}: keys and results can be read on the way. Put a TLS proxy in front."
 )
 
 
-class LogLevel(StrEnum):
-    """How much of the server's own doings goes to stderr; prompts and results never do."""
+class Isolation(StrEnum):
+    """Whether models run in the server's own process, or in one that can say nothing but what was declared."""
 
-    error = "error"
-    warning = "warning"
-    info = "info"
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """How a user gets in: the sentences to print, and whether the SDK finds address and key by itself."""
-
-    lines: tuple[str, ...]
-    sdk_knows: bool
+    process = "process"
+    host = "host"
 
 
 def serve(
@@ -72,6 +66,9 @@ def serve(
     kv_gib: Annotated[
         float | None, typer.Option(min=0.01, help="Memory for keys and values of each model, in GiB (2).")
     ] = None,
+    isolation: Annotated[
+        Isolation, typer.Option(help="One process, or three: the front, the gate with the books, the models.")
+    ] = Isolation.process,
     log_level: Annotated[LogLevel, typer.Option(help="What goes to stderr.")] = LogLevel.warning,
     save_key: Annotated[
         bool, typer.Option("--save-key", help="Write address and key to the SDK's config file.")
@@ -87,7 +84,7 @@ def serve(
     folder = Folder.at(data)
     _require_models(model)
     folder.make()
-    _log_to_stderr(log_level)
+    log_to_stderr(log_level)
     if not is_loopback(host):
         print(NO_TLS.format(host=host), file=sys.stderr)
     with ExitStack() as stack:
@@ -96,19 +93,30 @@ def serve(
         if ready_file is not None:
             ready_file.unlink(missing_ok=True)
             stack.callback(ready_file.unlink, missing_ok=True)
-        gate = _open_gate(folder, stack)
-        secret = _saved_secret(gate) if save_key else None
 
         def on_ready() -> None:
             if ready_file is not None:
                 write_ready(ready_file, address.url)
             print(f"trocar ready {address.url}", flush=True)
 
-        assembly = _load(model, folder, gate, Sizes(threads, step_tokens, kv_gib))
-        from trocar.cli.serving import HttpServer
+        sizes = Sizes(threads, step_tokens, kv_gib)
+        if isolation is Isolation.host:
+            from trocar.cli.processes import Plan, serve_in_three
 
-        server = HttpServer(assembly, log_level, on_ready)
-        _print_start(assembly, address.url, _access(gate, address.url, secret, save_key))
+            print(f"loading {', '.join(model)} ...\n{ISOLATION['host']}", flush=True)
+            serve_in_three(Plan(tuple(model), folder, sizes, log_level, save_key), address, on_ready)
+            return
+        gate = open_gate(folder, stack)
+        secret = saved_secret(gate) if save_key else None
+        assembly = _load(model, folder, gate, sizes)
+        from trocar.api.app import create_app
+        from trocar.cli.serving import HttpServer, Served
+        from trocar.service.compose import spare_collector
+
+        service = assembly.service
+        served = Served(create_app(service), assembly.halt, service.close, spare_collector)
+        server = HttpServer(served, log_level, on_ready)
+        _print_start(assembly, address.url, access(gate, address.url, secret, save_key))
         server.serve_until_stopped(address)
 
 
@@ -128,81 +136,18 @@ def _require_models(names: Sequence[str]) -> None:
         raise errors.refuse("bad_argument", "model", reason, next_step="Serve them from two processes.")
 
 
-def _open_gate(folder: Folder, stack: ExitStack) -> Gate:
-    from trocar.gate.gate import Gate
-
-    gate = Gate(folder.ledger_url)
-    stack.callback(gate.close)
-    return gate
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What an operator may set about engines; None for the default."""
-
-    threads: int | None
-    step_tokens: int | None
-    kv_gib: float | None
-
-
 def _load(names: Sequence[str], folder: Folder, gate: Gate, sizes: Sizes) -> Assembly:
     print(f"loading {', '.join(names)} ...", flush=True)
     from trocar.service.compose import assemble
 
-    kv_bytes = None if sizes.kv_gib is None else int(sizes.kv_gib * (1 << 30))
     return assemble(
         names,
         folder.store,
         gate,
         threads=sizes.threads,
         step_tokens=sizes.step_tokens,
-        kv_bytes=kv_bytes,
+        kv_bytes=sizes.kv_bytes,
     )
-
-
-def _saved_secret(gate: Gate) -> str | None:
-    """The key in the SDK's config file if it is one of this ledger's; None when the ledger has no key yet.
-
-    Raises:
-        ClientError: `bad_argument` when there are keys but their secrets are not at hand.
-    """
-    from trocar.cli import saved
-
-    found = saved.read().get("api_key")
-    if not gate.keys.list():
-        return None
-    try:
-        gate.keys.authenticate(found if isinstance(found, str) else None)
-    except errors.AuthError:
-        raise errors.refuse(
-            "bad_argument",
-            "save-key",
-            "this ledger has keys, no secret can be read again, and the SDK's config holds none of them",
-            next_step="Leave --save-key out and set TROCAR_API_KEY; `trocar key create` makes another key.",
-        ) from None
-    return str(found)
-
-
-def _access(gate: Gate, url: str, secret: str | None, save_key: bool) -> Access:
-    """Makes the first key of a new ledger, saves what is to be saved, and says how to get in."""
-    from trocar.cli import saved
-    from trocar.gate.policy import Role, Tier
-
-    if secret is not None:
-        outcome = saved.save(url, secret, replace=True)
-        return Access((outcome.said,), outcome.written)
-    count = len(gate.keys.list())
-    if count:
-        known = saved.read().get("url") == url
-        return Access((f"keys: {count} in the ledger; `trocar key create` makes another",), known)
-    made = gate.keys.create("local", Tier.open, Role.operator, "made by the first start").secret
-    lines = [f"operator key of tenant 'local', shown once:  export TROCAR_API_KEY={made}"]
-    written = False
-    if save_key or sys.stdout.isatty():
-        outcome = saved.save(url, made, replace=save_key)
-        written = outcome.written
-        lines.append(outcome.said)
-    return Access(tuple(lines), written)
 
 
 def _print_start(assembly: Assembly, url: str, access: Access) -> None:
@@ -210,18 +155,5 @@ def _print_start(assembly: Assembly, url: str, access: Access) -> None:
         print(f"model {model.facts.name}: {len(model.facts.sites)} sites validated in {took_s:.1f} s")
         for site, reason in model.facts.unavailable.items():
             print(f"  not served: {site}: {reason}")
-    name = assembly.models[0].facts.name
-    client = "trocar.Client()" if access.sdk_knows else f"trocar.Client({url!r})"
-    snippet = (
-        "import trocar",
-        f"model = {client}.model({name!r})",
-        'print(model.generate("The capital of France is", max_new_tokens=8))',
-    )
-    print("\n".join((ISOLATION, *access.lines, f"API reference: {url}/docs", "", *snippet, "")), flush=True)
-
-
-def _log_to_stderr(level: LogLevel) -> None:
-    # only our own and uvicorn's: at INFO, SQLAlchemy would log the values of its statements
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    for name in ("trocar", "uvicorn"):
-        logging.getLogger(name).setLevel(level.upper())
+    print(ISOLATION["process"])
+    print_access(access, url, assembly.models[0].facts.name)

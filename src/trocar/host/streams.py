@@ -121,7 +121,7 @@ def connect(path: Path) -> socket.socket:
 
 
 def listen(path: Path, backlog: int) -> socket.socket:
-    """Listens at `path`, for processes of the same user; what is left of a dead process is replaced.
+    """Listens at `path`, for processes of its user and group; what is left of a dead process is replaced.
 
     Raises:
         ClientError: `cannot_listen`.
@@ -134,7 +134,7 @@ def listen(path: Path, backlog: int) -> socket.socket:
     try:
         partial.unlink(missing_ok=True)
         made.bind(str(partial))
-        partial.chmod(0o600)
+        partial.chmod(0o660)  # its folder says who may come here: three users, or one
         made.listen(backlog)
         partial.rename(path)  # it appears when somebody answers, and not before
     except OSError as e:

@@ -66,8 +66,10 @@ class Call:
 
 def pack_call(words: Words, request: Strict | None = None, vectors: Vectors | None = None) -> bytes:
     raw = b"" if request is None else request.model_dump_json().encode()
-    return _with_length(words.model_dump_json().encode()) + _with_length(raw) + (
-        tensors.pack(b"", vectors) if vectors else b""
+    return (
+        _with_length(words.model_dump_json().encode())
+        + _with_length(raw)
+        + (tensors.pack(b"", vectors) if vectors else b"")
     )
 
 

@@ -160,6 +160,8 @@ def at_most(**limits: int) -> Callable[[Head], None]:
         if limit is None:
             raise _bad(f"{head.kind.name!r} does not belong here")
         if head.length > limit:
-            raise errors.refuse("too_large", "$", f"a {head.kind.name} of {head.length} bytes; at most {limit}")
+            raise errors.refuse(
+                "too_large", "$", f"a {head.kind.name} of {head.length} bytes; at most {limit}"
+            )
 
     return allow

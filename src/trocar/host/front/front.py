@@ -115,12 +115,12 @@ class Front:
         key: str | None = None,
     ) -> Released:
         secret = None if caller is None else caller.secret
-        words = strict.make(
-            Words, verb=verb, secret=secret, name=name, wait_s=wait_s, idempotency_key=key
-        )
+        words = strict.make(Words, verb=verb, secret=secret, name=name, wait_s=wait_s, idempotency_key=key)
         body = calls.pack_call(words, request, vectors)
         if len(body) > calls.MOST_CALL_BYTES:
-            raise errors.refuse("too_large", "$", f"the request takes {len(body)} bytes on its way to the gate")
+            raise errors.refuse(
+                "too_large", "$", f"the request takes {len(body)} bytes on its way to the gate"
+            )
         ending, payload = calls.unpack_answer(self._exchange(body))
         return _passed_on(ending, payload)
 
