@@ -6,6 +6,7 @@ input ends and so do we. Ready is one byte on a pipe that the parent reads.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -35,7 +36,9 @@ def _watch() -> None:
 
 
 def say_ready(ready_fd: int, word: bytes = READY) -> None:
-    """Tells the parent, if there is one."""
+    """Tells the parent, if there is one; what lives now is not walked by the cycle collector any more."""
+    gc.collect()
+    gc.freeze()  # at the end too, a walk over all that torch and transformers made takes seconds
     if ready_fd >= 0:
         os.write(ready_fd, word)
         os.close(ready_fd)
