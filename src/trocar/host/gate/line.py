@@ -159,9 +159,19 @@ class Line:
         entry.fail(error)
 
     def owe(self, body: bytes) -> None:
-        """Keeps an erasure for the next worker."""
+        """Keeps an erasure for the next worker, or sends it to the one that came meanwhile."""
         with self._changed:
-            self._owed = [*self._owed, body][-MOST_OWED:]
+            there = self._stream is not None and not self._closed
+            if not there:
+                self._owed = [*self._owed, body][-MOST_OWED:]
+        if there:
+            self._erase(body)
+
+    def _erase(self, body: bytes) -> None:
+        try:
+            self.send(Errand(Kind.erase, body, 0))
+        except errors.Overloaded:
+            self.owe(body)
 
     def halt(self) -> None:
         """Fails what runs now and takes nothing new, but for erasures."""
@@ -200,10 +210,9 @@ class Line:
                 self._distrust(stream, e.reason)
 
     def _greet(self, stream: Stream) -> None:
-        """Tells a worker the facts; what is owed goes first."""
+        """Tells a worker the facts, and what it is to erase."""
         body = self._hello.model_dump_json().encode()
         with self._changed:
-            owed, self._owed = self._owed, []
             self._last += 1
             hello = Open(Errand(Kind.hello, body, 0), self._last)
             self._open[hello.number] = hello
@@ -213,10 +222,11 @@ class Line:
             self._other = True  # a new version, or other files: nothing was run, and nobody is accused
             raise Lost("the worker has other models")
         with self._changed:
+            owed, self._owed = self._owed, []
             self._stream = stream
             self._changed.notify_all()
         for erasure in owed:
-            self.send(Errand(Kind.erase, erasure, 0))
+            self._erase(erasure)
 
     def _allow(self, head: Head) -> None:
         """Refuses a header before a byte of its body is read."""
@@ -261,7 +271,8 @@ class Line:
     def _distrust(self, stream: Stream, why: str) -> None:
         """A worker did what no honest one does."""
         stream.close()
-        self._distrusted = why
+        with self._changed:
+            self._distrusted, self._stream = why, None
         try:
             self._alarm(why)
         finally:
