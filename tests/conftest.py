@@ -197,6 +197,14 @@ class Server:
         return sum(e.stats().forwards for e in self.engines.values())
 
 
+def agent_spends_in_a_day() -> Any:
+    """The default policy, but an agent's budget for life may be spent on one day."""
+    from trocar.gate.policy import People, Policy, Tier, Tiers
+
+    terms = Policy().terms(Tier.agent)
+    return Policy(people=People(tiers=Tiers(agent=terms.model_copy(update={"day_ppm": terms.life_ppm}))))
+
+
 def make_server(root: Path, loaded: list[Any], **limits: Any) -> Server:
     """Gate, store, engines and application around loaded models."""
     from trocar.api.app import create_app
@@ -206,7 +214,7 @@ def make_server(root: Path, loaded: list[Any], **limits: Any) -> Server:
     from trocar.service.compose import local_service
     from trocar.store import Store
 
-    gate = Gate(f"sqlite:///{root}/ledger.db")
+    gate = Gate(f"sqlite:///{root}/ledger.db", agent_spends_in_a_day())
     made = {
         "alice": gate.keys.create("alice", Tier.open, Role.operator),
         "bob": gate.keys.create("bob", Tier.open, Role.researcher),

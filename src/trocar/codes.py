@@ -172,6 +172,8 @@ TABLE: Final[tuple[Code, ...]] = (
     # capacity and faults
     Code("queue_full", "Overloaded", "Too many requests are waiting.",
          "Try again after a few seconds.", retryable=True),
+    Code("too_many_refusals", "Overloaded", "Too many requests of this key were refused in a short time.",
+         "Wait, and check requests with plan() before sending more.", retryable=True),
     Code("disk_full", "Overloaded", "The store cannot take more rows.",
          "Delete handles you no longer need.", retryable=True),
     Code("worker_lost", "Overloaded", "The process that runs the model ended; it is started again.",

@@ -234,6 +234,13 @@ def full(reason: str, after_s: float) -> TrocarError:
     return error
 
 
+def slow_down(after_s: float) -> TrocarError:
+    """`too_many_refusals`, with the time after which the next one is answered."""
+    error = refuse("too_many_refusals", "", "too many requests of this key were refused within a minute")
+    error.retry_after_s = max(1, math.ceil(after_s))
+    return error
+
+
 def closest(word: str, options: Iterable[str]) -> str | None:
     """The nearest of the first `MAX_OPTIONS` options to `word`, or None when nothing is near."""
     near = list(itertools.islice(options, MAX_OPTIONS))

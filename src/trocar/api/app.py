@@ -111,12 +111,19 @@ def _principal(
     request: Request, authorization: Annotated[str | None, Header(include_in_schema=False)] = None
 ) -> Any:
     scheme, _, secret = (authorization or "").partition(" ")
-    return _service(request).authenticate(secret.strip() if scheme.lower() == "bearer" else None)
+    caller = _service(request).authenticate(secret.strip() if scheme.lower() == "bearer" else None)
+    request.state.caller = caller
+    return caller
 
 
 Caller = Annotated[Any, Depends(_principal)]
 Idempotency = Annotated[str | None, Header(alias="idempotency-key")]
 router = APIRouter(prefix="/v1")
+
+
+def _named(request: Request, idempotency_key: str | None) -> tuple[str | None, str]:
+    """What a client and what we call a request."""
+    return idempotency_key, request.state.request_id
 
 
 async def _off_loop(request: Request, verb: Callable[..., Released], *args: Any) -> Response:
@@ -154,21 +161,25 @@ async def plan(request: Request, caller: Caller) -> Response:
 async def run(request: Request, caller: Caller, idempotency_key: Idempotency = None) -> Response:
     """Admits a program and starts its job."""
     body, vectors = await decode(request, q.RunRequest)
-    return await _off_loop(request, _service(request).run, caller, body, vectors, idempotency_key)
+    return await _off_loop(
+        request, _service(request).run, caller, body, vectors, *_named(request, idempotency_key)
+    )
 
 
 @router.post("/sessions", tags=["programs"], status_code=202, openapi_extra=openapi.body(q.SessionRequest))
 async def session(request: Request, caller: Caller, idempotency_key: Idempotency = None) -> Response:
     """Admits programs that run one after another; a later one may use what an earlier one captured."""
     body, vectors = await decode(request, q.SessionRequest)
-    return await _off_loop(request, _service(request).session, caller, body, vectors, idempotency_key)
+    return await _off_loop(
+        request, _service(request).session, caller, body, vectors, *_named(request, idempotency_key)
+    )
 
 
 @router.post("/fits", tags=["programs"], status_code=202, openapi_extra=openapi.body(q.FitRequest))
 async def fit(request: Request, caller: Caller, idempotency_key: Idempotency = None) -> Response:
     """Fits stored rows on the server; only metrics come back."""
     body, _ = await decode(request, q.FitRequest)
-    return await _off_loop(request, _service(request).fit, caller, body, idempotency_key)
+    return await _off_loop(request, _service(request).fit, caller, body, *_named(request, idempotency_key))
 
 
 @router.get("/jobs/{job}", tags=["jobs"])
@@ -269,6 +280,15 @@ Handler = Callable[[Request, Exception], Awaitable[Response]]
 async def _on_refusal(request: Request, error: Exception) -> Response:
     if not isinstance(error, errors.TrocarError):
         raise error
+    return await _told(request, error)
+
+
+async def _told(request: Request, error: errors.TrocarError) -> Response:
+    """The refusal of a caller whom we know is an entry of the log; how a job ended was decided before."""
+    caller = getattr(request.state, "caller", None)
+    if caller is not None and not (isinstance(error, errors.RunFailed | errors.ServerFault)):
+        service, request_id = _service(request), request.state.request_id
+        error = await to_thread.run_sync(service.refused, caller, request_id, error)
     return _refused(request, error)
 
 
@@ -286,7 +306,7 @@ async def _on_parameter(request: Request, error: Exception) -> Response:
         errors.refusal("bad_value", str(item["loc"][-1]), f"{item['msg']} (got {item.get('input')!r:.80})")
         for item in found[:20]
     ]
-    return _refused(request, errors.ProgramError(refusals))
+    return await _told(request, errors.ProgramError(refusals))
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from trocar import errors
 from trocar.gate.release import Released
 from trocar.wire import requests as q
 
@@ -22,6 +23,8 @@ class Verbs(Protocol):
 
     def authenticate(self, secret: str | None) -> Any: ...
 
+    def refused(self, caller: Any, request_id: str, error: errors.TrocarError, /) -> errors.TrocarError: ...
+
     def health(self) -> Released: ...
 
     def models(self) -> Released: ...
@@ -32,13 +35,15 @@ class Verbs(Protocol):
 
     def plan(self, caller: Any, request: q.RunRequest, vectors: Vectors, /) -> Released: ...
 
-    def run(self, caller: Any, request: q.RunRequest, vectors: Vectors, key: str | None, /) -> Released: ...
-
-    def session(
-        self, caller: Any, request: q.SessionRequest, vectors: Vectors, key: str | None, /
+    def run(
+        self, caller: Any, request: q.RunRequest, vectors: Vectors, key: str | None, request_id: str, /
     ) -> Released: ...
 
-    def fit(self, caller: Any, request: q.FitRequest, key: str | None, /) -> Released: ...
+    def session(
+        self, caller: Any, request: q.SessionRequest, vectors: Vectors, key: str | None, request_id: str, /
+    ) -> Released: ...
+
+    def fit(self, caller: Any, request: q.FitRequest, key: str | None, request_id: str, /) -> Released: ...
 
     def job(self, caller: Any, job: str, /) -> Released: ...
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trocar import errors
@@ -15,6 +16,7 @@ from trocar.cli.folder import Folder
 
 if TYPE_CHECKING:
     from trocar.gate.gate import Gate
+    from trocar.gate.policy import Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +27,28 @@ class Access:
     sdk_knows: bool
 
 
-def open_gate(folder: Folder, stack: ExitStack) -> Gate:
+@dataclass(frozen=True, slots=True)
+class Rulebook:
+    """The policy file of a server.
+
+    Attributes:
+        named: whether the operator named it; one that only might be there may be absent.
+    """
+
+    path: Path
+    named: bool
+
+    def read(self) -> Policy:
+        from trocar.cli.policy import read_file
+        from trocar.gate.policy import Policy
+
+        return read_file(self.path) if self.named or self.path.exists() else Policy()
+
+
+def open_gate(folder: Folder, rules: Rulebook, anchors: Path, stack: ExitStack) -> Gate:
     from trocar.gate.gate import Gate
 
-    gate = Gate(folder.ledger_url)
+    gate = Gate(folder.ledger_url, rules.read(), anchors=anchors, secrets=folder.root)
     stack.callback(gate.close)
     return gate
 

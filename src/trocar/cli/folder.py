@@ -47,6 +47,15 @@ class Folder:
         return self.root / "store"
 
     @property
+    def policy(self) -> Path:
+        return self.root / "policy.toml"
+
+    @property
+    def anchors(self) -> Path:
+        """Beside the folder, not in it: a backup of the folder must not bring its own anchors back."""
+        return self.root.with_name(f"{self.root.name}.anchors")
+
+    @property
     def token_root(self) -> Path:
         """The secret that signs first tokens; see `gate/tokens.py`."""
         return self.root / "tokens.key"

@@ -1,4 +1,4 @@
-"""`trocar front`: the process that speaks HTTP of a server in three parts. `trocar serve --isolation host` starts it."""
+"""`trocar front`: the process of three that speaks HTTP. `trocar serve --isolation host` starts it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import Annotated
 import typer
 
 from trocar.cli.child import ReadyOption, say_ready, watch_parent
-from trocar.cli.logs import LogLevel, log_to_stderr
+from trocar.cli.logs import log_to_stderr
+from trocar.cli.serve_options import Host, Level, LogLevel, Port
 
 
 def front(
     gate: Annotated[Path, typer.Option(help="Path of the unix socket of the gate.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8765,
+    host: Host = "127.0.0.1",
+    port: Port = 8765,
     listen_fd: Annotated[int, typer.Option(hidden=True, help="A socket that listens already.")] = -1,
-    log_level: Annotated[LogLevel, typer.Option(help="What goes to stderr.")] = LogLevel.warning,
+    log_level: Level = LogLevel.warning,
     ready_fd: ReadyOption = -1,
 ) -> None:
     """Answer HTTP for a gate; part of `trocar serve --isolation host`."""
@@ -33,6 +34,6 @@ def front(
     log_to_stderr(log_level)
     found = bind(host, port) if listen_fd < 0 else Address(sockets.socket(fileno=listen_fd), "")
     caller = Front(gate)
-    nothing: Callable[[], None] = lambda: None  # noqa: E731 - a front has nothing to halt
-    served = Served(create_app(caller), nothing, caller.close)
+    nothing: Callable[[], None] = lambda: None  # noqa: E731 - a front has no engine and no policy
+    served = Served(create_app(caller), nothing, caller.close, nothing)
     HttpServer(served, log_level, lambda: say_ready(ready_fd)).serve_until_stopped(found)

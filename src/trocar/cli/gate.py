@@ -12,9 +12,11 @@ from typing import Annotated, Final
 
 import typer
 
+from trocar.cli.audit import AnchorsOption
 from trocar.cli.child import ReadyOption, say_ready, watch_parent
 from trocar.cli.folder import DataOption, Folder
-from trocar.cli.logs import LogLevel, log_to_stderr
+from trocar.cli.logs import log_to_stderr
+from trocar.cli.serve_options import Level, LogLevel, PolicyFile, SaveKey
 
 LOAD_S: Final = 600.0
 DRAIN_S: Final = 1.0
@@ -26,14 +28,16 @@ def gate(
     socket: Annotated[Path, typer.Option(help="Path of the unix socket to listen on.")],
     url: Annotated[str, typer.Option(help="Where the front answers, for what is printed.")] = "",
     data: DataOption = None,
-    log_level: Annotated[LogLevel, typer.Option(help="What goes to stderr.")] = LogLevel.warning,
-    save_key: Annotated[
-        bool, typer.Option("--save-key", help="Write address and key to the SDK's config.")
-    ] = False,
+    policy: PolicyFile = None,
+    anchors: AnchorsOption = None,
+    log_level: Level = LogLevel.warning,
+    save_key: SaveKey = False,
     ready_fd: ReadyOption = -1,
 ) -> None:
     """Check, charge and release for fronts; part of `trocar serve --isolation host`."""
-    from trocar.cli.access import access, open_gate, print_access, saved_secret
+    from trocar.cli.access import Rulebook, access, open_gate, print_access, saved_secret
+
+    from trocar.cli.reload import reread
 
     stop = threading.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
@@ -47,7 +51,8 @@ def gate(
     from trocar.host.streams import listen
 
     with ExitStack() as stack:
-        opened = open_gate(folder, stack)
+        rules = Rulebook(policy or folder.policy, named=policy is not None)
+        opened = open_gate(folder, rules, anchors or folder.anchors, stack)
         secret = saved_secret(opened) if save_key else None
         service = assemble(model, folder.root, worker, opened, within_s=LOAD_S)
         stack.callback(service.close)
@@ -57,6 +62,7 @@ def gate(
         desk = Desk(service, listen(socket, 128))
         stack.callback(desk.close)
         threading.Thread(target=desk.serve, name="trocar-accept", daemon=True).start()
+        signal.signal(signal.SIGHUP, lambda *_: reread(lambda: opened.change_policy(rules.read())))
         say_ready(ready_fd)
         stop.wait()
         service.halt()  # what waits for a result hears of it while the front still can tell

@@ -15,7 +15,7 @@ from trocar.cli import restrict, show
 from trocar.cli.folder import DataOption, Folder
 from trocar.cli.restrict import BitsOption, ExpiresOption, ModelsOption, OpsOption, SitesOption
 from trocar.cli.show import JsonOption
-from trocar.gate.policy import Role, Tier
+from trocar.gate.tiers import Role, Tier
 
 if TYPE_CHECKING:
     from trocar.gate.keys import KeyRecord, Keys, Principal

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import logging
-from enum import StrEnum
 
-
-class LogLevel(StrEnum):
-    """How much is told."""
-
-    error = "error"
-    warning = "warning"
-    info = "info"
+from trocar.cli.serve_options import LogLevel
 
 
 def log_to_stderr(level: LogLevel) -> None:

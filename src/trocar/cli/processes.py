@@ -26,7 +26,7 @@ from trocar import errors
 from trocar.cli.address import Address
 from trocar.cli.child import ALONE
 from trocar.cli.folder import LEDGER_URL, Folder
-from trocar.cli.logs import LogLevel
+from trocar.cli.serve_options import LogLevel
 from trocar.cli.sizes import Sizes
 from trocar.cli.worker import LOG
 
@@ -46,6 +46,8 @@ class Plan:
 
     models: tuple[str, ...]
     folder: Folder
+    policy: Path | None
+    anchors: Path | None
     sizes: Sizes
     log_level: LogLevel
     save_key: bool
@@ -101,7 +103,7 @@ class Process:
     def ended(self) -> bool:
         return self.child is not None and self.child.poll() is not None
 
-    def stop(self, how: signal.Signals) -> None:
+    def signal(self, how: signal.Signals) -> None:
         if self.child is not None and self.child.poll() is None:
             self.child.send_signal(how)
 
@@ -187,11 +189,11 @@ class Household:
 
     def stop(self) -> None:
         """The gate first, so that whoever waits hears of it; the front then; the worker when nobody asks it."""
-        self.gate.stop(signal.SIGTERM)
-        self.front.stop(signal.SIGTERM)
+        self.gate.signal(signal.SIGTERM)
+        self.front.signal(signal.SIGTERM)
         for each in (self.front, self.gate):
             each.wait(STOP_S[each.name])
-        self.worker.stop(signal.SIGTERM)
+        self.worker.signal(signal.SIGTERM)
         self.worker.wait(STOP_S["worker"])
         for each in self.all:
             each.forget()
@@ -208,6 +210,9 @@ def serve_in_three(plan: Plan, address: Address, on_ready: Callable[[], None]) -
         stack.callback(shutil.rmtree, run, ignore_errors=True)
         household = _household(plan, address, run)
         stack.callback(household.stop)
+        signal.signal(
+            signal.SIGHUP, lambda *_: household.gate.signal(signal.SIGHUP)
+        )  # it reads the policy again
         try:
             alone = household.start()
             said = "has no network" if alone else "shares this machine's network: a namespace was not allowed"
@@ -226,15 +231,20 @@ def _household(plan: Plan, address: Address, run: Path) -> Household:
     worker, gate, listener = str(run / "worker"), str(run / "gate"), address.socket.fileno()
     save = ("--save-key",) if plan.save_key else ()
     sockets = ("--worker", worker, "--socket", gate)
+    rules = _named("--policy", plan.policy) + _named("--anchors", plan.anchors)
     return Household(
         Process(
             "worker",
             ("worker", *models, "--socket", worker, *data, *plan.sizes.words()),
             output=plan.folder.root / LOG,
         ),
-        Process("gate", ("gate", *models, *sockets, "--url", address.url, *data, *level, *save)),
+        Process("gate", ("gate", *models, *sockets, "--url", address.url, *data, *level, *save, *rules)),
         Process("front", ("front", "--gate", gate, "--listen-fd", str(listener), *level), (listener,)),
     )
+
+
+def _named(option: str, path: Path | None) -> tuple[str, ...]:
+    return () if path is None else (option, str(path))
 
 
 def _appending(path: Path) -> _Opened:

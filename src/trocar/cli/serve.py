@@ -11,16 +11,15 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from enum import StrEnum
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
-
-import typer
+from typing import TYPE_CHECKING, Final
 
 from trocar import errors
-from trocar.cli.access import Access, access, open_gate, print_access, saved_secret
+from trocar.cli import serve_options as options
+from trocar.cli.access import Access, Rulebook, access, open_gate, print_access, saved_secret
+from trocar.cli.audit import AnchorsOption
 from trocar.cli.folder import DataOption, Folder
-from trocar.cli.logs import LogLevel, log_to_stderr
+from trocar.cli.logs import log_to_stderr
+from trocar.cli.serve_options import Isolation, LogLevel
 from trocar.cli.sizes import Sizes
 
 if TYPE_CHECKING:
@@ -40,42 +39,20 @@ NO_TLS: Final = (
 )
 
 
-class Isolation(StrEnum):
-    """Whether models run in the server's own process, or in one that can say nothing but what was declared."""
-
-    process = "process"
-    host = "host"
-
-
 def serve(
-    model: Annotated[
-        list[str], typer.Option(metavar="NAME", help="Model to serve; repeat it for several.")
-    ] = [DEFAULT_MODEL],  # noqa: B006 - typer copies it
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = DEFAULT_PORT,
+    model: options.Models = [DEFAULT_MODEL],  # noqa: B006 - typer copies it
+    host: options.Host = "127.0.0.1",
+    port: options.Port = DEFAULT_PORT,
     data: DataOption = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Torch threads; torch's choice by default.")
-    ] = None,
-    step_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Tokens in one forward pass (256): fewer answer sooner, more take less time each."
-        ),
-    ] = None,
-    kv_gib: Annotated[
-        float | None, typer.Option(min=0.01, help="Memory for keys and values of each model, in GiB (2).")
-    ] = None,
-    isolation: Annotated[
-        Isolation, typer.Option(help="One process, or three: the front, the gate with the books, the models.")
-    ] = Isolation.process,
-    log_level: Annotated[LogLevel, typer.Option(help="What goes to stderr.")] = LogLevel.warning,
-    save_key: Annotated[
-        bool, typer.Option("--save-key", help="Write address and key to the SDK's config file.")
-    ] = False,
-    ready_file: Annotated[
-        Path | None, typer.Option(help="Write {url, pid} there when the server answers.")
-    ] = None,
+    policy: options.PolicyFile = None,
+    anchors: AnchorsOption = None,
+    threads: options.Threads = None,
+    step_tokens: options.StepTokens = None,
+    kv_gib: options.KvGib = None,
+    isolation: options.Isolated = Isolation.process,
+    log_level: options.Level = LogLevel.warning,
+    save_key: options.SaveKey = False,
+    ready_file: options.ReadyFile = None,
 ) -> None:
     """Serve models over HTTP until SIGTERM or Ctrl-C."""
     from trocar.cli.address import bind, is_loopback, write_ready
@@ -93,6 +70,7 @@ def serve(
         if ready_file is not None:
             ready_file.unlink(missing_ok=True)
             stack.callback(ready_file.unlink, missing_ok=True)
+        rules = Rulebook(policy or folder.policy, named=policy is not None)
 
         def on_ready() -> None:
             if ready_file is not None:
@@ -103,10 +81,12 @@ def serve(
         if isolation is Isolation.host:
             from trocar.cli.processes import Plan, serve_in_three
 
+            rules.read()  # what is wrong with it is said before three processes say it
             print(f"loading {', '.join(model)} ...\n{ISOLATION['host']}", flush=True)
-            serve_in_three(Plan(tuple(model), folder, sizes, log_level, save_key), address, on_ready)
+            plan = Plan(tuple(model), folder, policy, anchors, sizes, log_level, save_key)
+            serve_in_three(plan, address, on_ready)
             return
-        gate = open_gate(folder, stack)
+        gate = open_gate(folder, rules, anchors or folder.anchors, stack)
         secret = saved_secret(gate) if save_key else None
         assembly = _load(model, folder, gate, sizes)
         from trocar.api.app import create_app
@@ -114,7 +94,13 @@ def serve(
         from trocar.service.compose import spare_collector
 
         service = assembly.service
-        served = Served(create_app(service), assembly.halt, service.close, spare_collector)
+        served = Served(
+            create_app(service),
+            assembly.halt,
+            service.close,
+            lambda: gate.change_policy(rules.read()),
+            spare_collector,
+        )
         server = HttpServer(served, log_level, on_ready)
         _print_start(assembly, address.url, access(gate, address.url, secret, save_key))
         server.serve_until_stopped(address)
@@ -150,10 +136,10 @@ def _load(names: Sequence[str], folder: Folder, gate: Gate, sizes: Sizes) -> Ass
     )
 
 
-def _print_start(assembly: Assembly, url: str, access: Access) -> None:
+def _print_start(assembly: Assembly, url: str, found: Access) -> None:
     for model, took_s in zip(assembly.models, assembly.validation_s, strict=True):
         print(f"model {model.facts.name}: {len(model.facts.sites)} sites validated in {took_s:.1f} s")
         for site, reason in model.facts.unavailable.items():
             print(f"  not served: {site}: {reason}")
     print(ISOLATION["process"])
-    print_access(access, url, assembly.models[0].facts.name)
+    print_access(found, url, assembly.models[0].facts.name)

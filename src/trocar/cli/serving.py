@@ -23,6 +23,8 @@ from anyio import to_thread
 from starlette.types import ASGIApp
 
 from trocar.cli.address import Address
+from trocar.cli.connections import Connection
+from trocar.cli.reload import reread
 
 GRACE_S: Final = 4.5
 DRAIN_S: Final = 2
@@ -39,12 +41,14 @@ class Served:
     Attributes:
         halt: makes what waits for it fail now.
         close: ends it.
+        reload: takes the policy as it is now.
         settle: what the process does once before it serves.
     """
 
     app: ASGIApp
     halt: Callable[[], None]
     close: Callable[[], None]
+    reload: Callable[[], None]
     settle: Callable[[], None] = gc.freeze
 
 
@@ -60,6 +64,7 @@ class HttpServer(uvicorn.Server):
 
     def serve_until_stopped(self, address: Address) -> None:
         """Serves until SIGTERM or SIGINT, then closes everything. Call it on the main thread."""
+        signal.signal(signal.SIGHUP, lambda *_: reread(self._served.reload))
         try:
             self.run(sockets=[address.socket])
         except KeyboardInterrupt:
@@ -99,7 +104,7 @@ def _config(served: Served, log_level: str) -> uvicorn.Config:
     return uvicorn.Config(
         served.app,
         loop="asyncio",
-        http="h11",
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,

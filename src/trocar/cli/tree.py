@@ -13,12 +13,12 @@ import typer
 from typer.core import TyperGroup
 
 from trocar import __version__, errors
-from trocar.cli import airlock, audit, key, ledger, model
+from trocar.cli import airlock, attack, audit, key, ledger, model, policy
 from trocar.cli.demonstrate import demo
 from trocar.cli.doctor import doctor
-from trocar.cli.ops import ops
 from trocar.cli.front import front
 from trocar.cli.gate import gate
+from trocar.cli.ops import ops
 from trocar.cli.serve import serve
 from trocar.cli.worker import worker
 
@@ -58,6 +58,16 @@ def command() -> Any:
         key.revoke,
     )
     _noun(root, "ledger", "Budgets and the hash-chained log.", ledger.show_, ledger.verify, ledger.log)
+    _noun(
+        root,
+        "policy",
+        "The file that says who may learn how much.",
+        policy.init,
+        policy.check,
+        policy.diff,
+        policy.explain,
+        policy.approve,
+    )
     _noun(root, "audit", "Checks of the log, and its anchors.", audit.verify, audit.log, audit.anchor)
     _noun(
         root,
@@ -72,6 +82,7 @@ def command() -> Any:
         airlock.apply,
         airlock.verify,
     )
+    _noun(root, "attack", "Attempts to steal weights, made to be stopped.", attack.run)
     root.command()(ops)
     root.command()(doctor)
     return typer.main.get_command(root)

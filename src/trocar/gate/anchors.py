@@ -64,7 +64,7 @@ class Anchors:
         self._clock = clock
         self._lock = threading.Lock()
         self._wake, self._closing = threading.Event(), threading.Event()
-        self._failed = False
+        self._failure: errors.TrocarError | None = None
         try:
             self._file, self._last = _begin(database, folder, clock())
         except OSError as e:
@@ -80,13 +80,14 @@ class Anchors:
             self._wake.set()
 
     def require_kept(self) -> None:
-        """Refuses to go on while heads cannot be written down.
+        """Refuses to go on while heads cannot be written down, or the log lacks one that was.
 
         Raises:
-            ServerFault: `ledger_unavailable`.
+            ServerFault: `ledger_unavailable`, `ledger_rolled_back`.
         """
-        if self._failed and not self._keep_up():
-            raise unavailable("its anchors cannot be written")
+        failure = self._failure and self._keep_up()
+        if failure is not None:
+            raise failure
 
     def close(self) -> None:
         """Writes the last head down and ends the thread; idempotent."""
@@ -105,20 +106,24 @@ class Anchors:
                 return
             self._keep_up()
 
-    def _keep_up(self) -> bool:
+    def _keep_up(self) -> errors.TrocarError | None:
+        """Writes the present head down; says why not when it could not."""
         with self._lock:
             try:
                 with self._database.read() as connection:
                     head = chain.head(connection)
+                    _require_contained(connection, self._last, head)
                 if head.seq > self._last.seq:
                     _append(self._file, head, self._clock())
                     self._last = head
-            except (OSError, errors.TrocarError):
-                self._failed = True
+                self._failure = None
+            except OSError:
+                self._failure = unavailable("its anchors cannot be written")
+            except errors.TrocarError as e:
+                self._failure = e
+            if self._failure is not None:
                 self._wake.set()  # try again, also when nothing else happens
-            else:
-                self._failed = False
-            return not self._failed
+            return self._failure
 
 
 def require_none(connection: Connection) -> None:

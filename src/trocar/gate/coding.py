@@ -87,9 +87,8 @@ class Coder:
         if self.exact:
             return values
         most = 2**self.prices.scalar_bits - 1
-        rounded: F32 = (np.rint(np.clip(values, 0.0, 1.0).astype(np.float64) * most) / most).astype(
-            np.float32
-        )
+        steps = np.rint(np.clip(values, 0.0, 1.0).astype(np.float64) * most) + 0.0  # there is one zero
+        rounded: F32 = (steps / most).astype(np.float32)
         return rounded
 
     def alone(self, values: F32) -> F32:

@@ -78,6 +78,7 @@ class Gate:
     ) -> None:
         self.policy = policy or Policy()
         self._cap = Tier(self.policy.data.lineage_tier) if cap is None else cap
+        self._secrets = secrets
         self._database = Database(url)
         try:
             self.keys = Keys(self._database)
@@ -104,6 +105,21 @@ class Gate:
             ),
             overhead_bits=self.policy.overhead_bits,
         )
+
+    def change_policy(self, policy: Policy) -> None:
+        """Goes on under another policy; what was admitted before ends at its own prices.
+
+        Raises:
+            PolicyRefusal: `policy_loosened`; `limit_changed` for another overhead, which needs a new start.
+        """
+        if policy.overhead_bits != self.policy.overhead_bits:
+            reason = f"overhead_bits would be {policy.overhead_bits}, not {self.policy.overhead_bits}"
+            raise errors.refuse(
+                "limit_changed", "outputs.overhead_bits", reason, next_step="Start the server anew."
+            )
+        policy_log.adopt(self._database, policy)
+        self.policy = policy
+        self.airlock = self._airlock(self._secrets)
 
     # ---- what the policy says of somebody ----
 

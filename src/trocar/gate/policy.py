@@ -15,47 +15,34 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
 from trocar import errors
 from trocar.gate.limits import Limits, whole_bits
+from trocar.gate.tiers import Role, Tier
 from trocar.graph.cost import FLOAT_BITS, Prices
 from trocar.graph.labels import FREE, RawDoor, Rules
 from trocar.strict import Strict
 
+__all__ = [
+    "Airlock",
+    "Data",
+    "Limits",
+    "Lineage",
+    "Outputs",
+    "People",
+    "Policy",
+    "Project",
+    "Role",
+    "Settings",
+    "Tier",
+]
 _PPM: Final = 1_000_000
 _LINEAGE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,199}")
 Ppm = Annotated[int, Field(ge=0, le=_PPM)]
 ScalarBits = Annotated[int, Field(ge=4, le=32)]
-
-
-class Tier(StrEnum):
-    """How far a key is trusted with the secret; fixes the key's limit on every lineage."""
-
-    open = "open"
-    trusted = "trusted"
-    external = "external"
-    agent = "agent"
-
-
-class Role(StrEnum):
-    """What a key may do; the table is in `roles.py`."""
-
-    owner = "owner"
-    """Answers for the server: everything an operator and a checker may, and the policy."""
-    checker = "checker"
-    """Reviews what waits in the airlock; runs nothing."""
-    operator = "operator"
-    """Runs the server: makes and ends keys, sees the engine's counters and the log."""
-    auditor = "auditor"
-    """Reads the log and nothing else."""
-    researcher = "researcher"
-    """Runs programs."""
-    agent = "agent"
-    """Runs programs, unattended."""
 
 
 UNCAPPED: Final = Limits(None, None)
@@ -124,7 +111,7 @@ _OPEN: Final = TierTerms(scalar_bits=32, vector_bits=32, raw="direct", guarded=F
 _TIERS: Final[Mapping[Tier, TierTerms]] = {
     Tier.open: _OPEN,
     Tier.trusted: TierTerms(
-        life_ppm=10_000, day_ppm=1_000, scalar_bits=16, vector_bits=8, rank_ppm=250_000, tick_ms=0
+        life_ppm=10_000, day_ppm=1_000, scalar_bits=16, vector_bits=8, rank_ppm=250_000, tick_ms=20
     ),
     Tier.external: TierTerms(life_ppm=1_000, day_ppm=250, rank_ppm=100_000, tick_ms=100),
     Tier.agent: TierTerms(life_ppm=100, day_ppm=25, vector_bits=4, rank_ppm=25_000, tick_ms=100),

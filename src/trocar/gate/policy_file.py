@@ -7,6 +7,7 @@ this module only says what is looser. It opens no files.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from trocar import errors
-from trocar.gate.policy import Policy
+from trocar.gate.policy import Airlock, Data, Outputs, People, Policy, Project, Settings, Tiers, TierTerms
+from trocar.strict import Strict
 
 
 def read(text: str) -> Policy:
@@ -26,7 +28,7 @@ def read(text: str) -> Policy:
     """
     try:
         found = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
+    except (ValueError, RecursionError) as e:  # also a number, or brackets, without an end
         raise errors.refuse("bad_policy", "$", f"the file is not TOML: {e}") from None
     return from_json(json.dumps(found, default=str))
 
@@ -48,10 +50,67 @@ def _fault(found: Any) -> errors.Refusal:
     path = ".".join(str(part) for part in found["loc"])
     near = None
     if found["type"] == "extra_forbidden":
-        near = errors.closest(
-            str(found["loc"][-1]), {name.rpartition(".")[2] for name, _ in settings(Policy())}
-        )
+        near = errors.closest(str(found["loc"][-1]), _words())
     return errors.refusal("bad_policy", path or "$", str(found["msg"]), closest=near)
+
+
+def write(policy: Policy) -> str:
+    """A policy as a TOML file, every setting written out; an absent limit is a comment."""
+    tables: dict[str, list[str]] = {"": [f"version = {policy.version}"]}
+    for path, value in settings(policy):
+        table, _, name = path.rpartition(".")
+        if table:
+            line = f"# {name}: not limited" if value is None else f"{name} = {_toml(value)}"
+            tables.setdefault(table, []).append(line)
+    parts = [
+        "\n".join([*([f"[{table}]"] if table else []), *lines]) for table, lines in sorted(tables.items())
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, str | bool) else str(value)
+
+
+def meanings() -> dict[str, str]:
+    """What each setting means, by its place; read from the docstrings of `policy`."""
+    found: dict[str, str] = {}
+    for prefix, model in _PARTS.items():
+        for name, text in _attributes(model.__doc__ or "").items():
+            if name in model.model_fields:
+                found[f"{prefix}.{name}"] = text
+    return found
+
+
+def _attributes(doc: str) -> dict[str, str]:
+    """Lines `a, b: words` of a docstring's Attributes, joined over line breaks."""
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in doc.partition("Attributes:")[2].splitlines():
+        match = _ATTRIBUTE.fullmatch(line)
+        if match:
+            names = [name.strip() for name in match[1].split(",")]
+            found |= dict.fromkeys(names, match[2])
+        elif names and line.strip():
+            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+    return found
+
+
+_ATTRIBUTE: Final = re.compile(r" {8}(\w+(?:, \w+)*): (.*)")
+_PARTS: Final[Mapping[str, type[Strict]]] = {
+    "people": People,
+    **{f"people.tiers.{name}": TierTerms for name in Tiers.model_fields},
+    "settings": Settings,
+    "data": Data,
+    "outputs": Outputs,
+    "outputs.airlock": Airlock,
+}
+
+
+def _words() -> set[str]:
+    """Every name that may stand in a file: of a part, a tier or a setting."""
+    places = {name for name, _ in settings(Policy(projects={"x": Project()}))}
+    return {word for place in places for word in place.split(".")} - {"x"}
 
 
 def settings(policy: Policy) -> Iterator[tuple[str, Any]]:

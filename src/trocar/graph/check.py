@@ -6,7 +6,7 @@ one refusal. What it returns is all that the engine may use: resolved rows, toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -87,6 +87,7 @@ def check(program: Program, scope: Scope, prices: Prices) -> Checked:
 
     Raises:
         ProgramError: with the first `MAX_REFUSALS` refusals found, each with a JSON path into the request.
+        PolicyRefusal: the same, when only rules for rows are broken.
     """
     _check_prompts(scope)
     _check_size(program, scope)
@@ -108,8 +109,14 @@ def check(program: Program, scope: Scope, prices: Prices) -> Checked:
     if not any(n.op in OUTPUTS for n in program.nodes):
         found.append(errors.refusal("nothing_returned", "program.nodes", "the program has no output node"))
     if found:
-        raise errors.ProgramError(found[:MAX_REFUSALS])
+        raise failed(found)
     return _accept(program, walk, prices)
+
+
+def failed(found: Sequence[errors.Refusal]) -> errors.TrocarError:
+    """A program's refusals as one exception: of policy when nothing else is wrong with the program."""
+    policy = all(errors.kind_of(r.code) is errors.PolicyRefusal for r in found)
+    return (errors.PolicyRefusal if policy else errors.ProgramError)(found[:MAX_REFUSALS])
 
 
 def _check_prompts(scope: Scope) -> None:

@@ -10,10 +10,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from trocar.graph import ops, rules_raw
 from trocar.graph.check import Checked
+from trocar.graph.shapes import Structure, Value
 from trocar.graph.spec import SPEC
 from trocar.sites import Site
 
@@ -34,23 +35,27 @@ class Direction:
 
 
 def directions(checked: Checked, contents: Mapping[str, str], request: str) -> Iterator[Direction]:
-    """Of every score, one of each site that it comes from; of raw rows, as many as they can span.
+    """Of every score, those of each site that it comes from; of raw rows, as many as they can span.
 
     Args:
-        contents: digest of the numbers that each constant node brings in.
-        request: digest of the whole request: raw rows are never the same twice.
+        contents: digest of the numbers that each `tensor` and `sae` node brings in.
+        request: digest of the whole request: what rows determine is never the same twice.
     """
-    known: dict[str, str] = {}
+    known: dict[str, _Part] = {}
     for node in checked.program.nodes:
-        known[node.id] = _digest(node, known, contents)
+        known[node.id] = part = _part(node, known, contents, checked)
         if isinstance(node, ops.Score):
-            for site in checked.values[node.of].sites:
-                yield Direction(str(site), known[node.id], 1)
+            value = checked.values[node.of]
+            digest, rank = part.digest, part.rank
+            if part.free:  # of these rows only
+                digest, rank = _sha256([request, node.id]), min(rank, _rows(value, checked))
+            for site in value.sites:
+                yield Direction(str(site), digest, rank)
         if isinstance(node, ops.Raw):
             for ref in node.of:
                 value = checked.values[ref]
-                rows = 0 if value.at is None else checked.selections[value.at].most_rows
-                yield Direction(str(value.sites[0]), _sha256([request, node.id, ref]), min(rows, value.width))
+                rank = min(_rows(value, checked), value.width)
+                yield Direction(str(value.sites[0]), _sha256([request, node.id, ref]), rank)
 
 
 def exported(checked: Checked) -> tuple[tuple[Site, bool], ...]:
@@ -59,12 +64,56 @@ def exported(checked: Checked) -> tuple[tuple[Site, bool], ...]:
     return rules_raw.exported((checked.values[ref] for ref in refs), checked.selections)
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What is known of one node.
+
+    Attributes:
+        digest: of what it computes: its fields, with operands replaced by what they compute.
+        rank: how many directions its numbers can lie along.
+        free: whether rows, and not only constants, say which directions these are.
+    """
+
+    digest: str
+    rank: int
+    free: bool
+
+
+def _part(node: ops.Node, known: Mapping[str, _Part], contents: Mapping[str, str], checked: Checked) -> _Part:
+    given = _operands(node)
+    digest = _digest(node, {ref: known[ref].digest for ref in given}, contents)
+    rank, free = max((known[ref].rank for ref in given), default=1), any(known[ref].free for ref in given)
+    if isinstance(node, ops.Where):  # rows choose between the two
+        return _Part(digest, known[node.a].rank + known[node.b].rank, free)
+    if isinstance(node, ops.Dot):
+        a, b = checked.values[node.a], checked.values[node.b]
+        if Structure.REQUEST not in (a.structure, b.structure):  # each row has a direction of its own
+            return _Part(digest, a.width, free=True)
+    return _Part(digest, rank, free)
+
+
+def _operands(node: ops.Node) -> tuple[str, ...]:
+    """The earlier nodes that a node takes."""
+    given = [getattr(node, name) for name in SPEC[node.op].takes]  # type: ignore[attr-defined]
+    refs = [ref for each in given for ref in (each if isinstance(each, tuple) else (each,))]
+    return tuple(ref for ref in refs if isinstance(ref, str) and ref != ops.ZERO)
+
+
+def _rows(value: Value, checked: Checked) -> int:
+    """Most rows over all prompts."""
+    return sum(value.counts) if value.at is None else checked.selections[value.at].most_rows
+
+
+_UNSAID: Final = {"id", "at", "name", "w_enc", "b_enc", "w_dec", "b_dec", "threshold"}
+"""Names of nodes and arrays, and which tokens: not what is computed."""
+
+
 def _digest(node: ops.Node, known: Mapping[str, str], contents: Mapping[str, str]) -> str:
-    """Of what a node computes: its fields, with operands replaced by what they compute."""
-    fields: dict[str, Any] = node.model_dump(mode="json", exclude={"id", "at", "name"})
+    fields: dict[str, Any] = node.model_dump(mode="json", exclude=_UNSAID)
     for name in SPEC[fields["op"]].takes:
         fields[name] = _named(fields.get(name), known)
-    return _sha256([fields, contents.get(node.id, "")])
+    brought = contents[node.id] if isinstance(node, ops.Tensor | ops.Sae) else ""
+    return _sha256([fields, brought])
 
 
 def _named(given: Any, known: Mapping[str, str]) -> Any:

@@ -176,7 +176,7 @@ def variants(program: Program, axes: Sequence[Axis], scope: Scope, prices: Price
         if len(found) >= check.MAX_REFUSALS:
             break
     if found:
-        raise errors.ProgramError(list(found.values())[: check.MAX_REFUSALS])
+        raise check.failed(list(found.values()))
     _require_affordable(out)
     return tuple(out)
 

@@ -26,6 +26,7 @@ from trocar.graph.facts import ModelFacts
 from trocar.graph.spec import EDITS, SPEC
 from trocar.service import fits, uses
 from trocar.service.jobs import Claim, Jobs, Kind, Work
+from trocar.service.pace import Pace
 from trocar.service.prepare import Prepared, Vectors, digest, prepare
 from trocar.service.runs import Run
 from trocar.service.sessions import Session, prepare_session, session_cost
@@ -36,6 +37,8 @@ from trocar.wire import requests as q
 from trocar.wire import results as r
 
 MAX_WAIT_S: Final = 30.0
+MOST_LOGGED: Final = 500
+MOST_CODES: Final = 20
 SUMMED: Final = tuple(n for n in about.EngineView.model_fields if n != "most_requests_in_a_forward")
 
 
@@ -57,6 +60,7 @@ class _Ask:
     digest: str
     idempotency_key: str | None
     use: Use
+    request_id: str
 
 
 class Service:
@@ -82,12 +86,33 @@ class Service:
         self._models: Mapping[str, Model] = {m.facts.name: m for m in models}
         self._rooms = rooms
         self._jobs = Jobs()
+        self._pace = Pace()
         for model in models:
             gate.declare(model.facts)
 
+    # ---- who asks, and what was refused ----
+
     def authenticate(self, secret: str | None) -> Principal:
-        """Names the caller; raises `no_key` or `bad_key`."""
+        """Names the caller.
+
+        Raises:
+            AuthError: `no_key`, `bad_key`.
+        """
         return self.gate.keys.authenticate(secret)
+
+    def refused(self, principal: Principal, request_id: str, error: errors.TrocarError) -> errors.TrocarError:
+        """Enters a refusal in the log; gives what the caller is told, which is to wait when there were too many."""
+        wait_s = self._pace.wait_s(principal.key_id, self.gate.policy.people.refusals_per_minute)
+        if wait_s > 0:
+            return errors.slow_down(wait_s)
+        first = error.refusals[0]
+        detail = {"path": first.path[:MOST_LOGGED], "reason": first.reason[:MOST_LOGGED]}
+        codes = [refusal.code for refusal in error.refusals[:MOST_CODES]]
+        try:
+            self.gate.ledger.refuse(principal.key_id, request_id, codes, detail)
+        except errors.ServerFault as e:
+            return e
+        return error
 
     # ---- public facts ----
 
@@ -137,7 +162,12 @@ class Service:
         return release.public(_plan(prepared, budget))
 
     def run(
-        self, principal: Principal, request: q.RunRequest, vectors: Vectors, idempotency_key: str | None
+        self,
+        principal: Principal,
+        request: q.RunRequest,
+        vectors: Vectors,
+        idempotency_key: str | None,
+        request_id: str = "",
     ) -> Released:
         """Admits a program and starts its job."""
         model = self._model(request.model)
@@ -149,6 +179,7 @@ class Service:
             prepared.digest,
             idempotency_key,
             uses.of_run(prepared, model.facts),
+            request_id,
         )
 
         def work(hold: Hold) -> Work:
@@ -163,6 +194,7 @@ class Service:
         request: q.SessionRequest,
         vectors: Vectors,
         idempotency_key: str | None,
+        request_id: str = "",
     ) -> Released:
         """Admits programs that run one after another, and starts their job."""
         model = self._model(request.steps[0].model, "steps[0].model")
@@ -177,6 +209,7 @@ class Service:
             digest(request, vectors),
             idempotency_key,
             uses.of_session(steps, model.facts),
+            request_id,
         )
 
         def work(hold: Hold) -> Work:
@@ -186,7 +219,13 @@ class Service:
 
         return self._admit(principal, model, ask, work)
 
-    def fit(self, principal: Principal, request: q.FitRequest, idempotency_key: str | None) -> Released:
+    def fit(
+        self,
+        principal: Principal,
+        request: q.FitRequest,
+        idempotency_key: str | None,
+        request_id: str = "",
+    ) -> Released:
         """Admits a fit on stored rows and starts its job."""
         of = self.gate.handles.find(principal.tenant, request.handle)
         if of.kind != ACTIVATIONS:
@@ -206,6 +245,7 @@ class Service:
             fits.fit_digest(request),
             idempotency_key,
             uses.of_fit(tuple(of.shapes)),
+            request_id,
         )
 
         def work(hold: Hold) -> Work:
@@ -221,7 +261,9 @@ class Service:
         if running is not None:
             return release.public(running, 202)
         self._jobs.require_room(principal.tenant)
-        hold = self.gate.reserve(principal, model.facts, model.text, ask.cost, ask.digest, key, ask.use)
+        hold = self.gate.reserve(
+            principal, model.facts, model.text, ask.cost, ask.digest, key, ask.use, ask.request_id
+        )
         if isinstance(hold, Released):
             return release.public(self._jobs.finished(principal.tenant, ask.kind, ask.total, hold))
         try:

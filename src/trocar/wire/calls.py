@@ -28,7 +28,7 @@ _LENGTH: Final = struct.Struct(">I")
 
 Verb = Literal[
     "health", "models", "capabilities", "authenticate", "tokenize", "plan", "run", "session", "fit", "job",
-    "job_result", "cancel", "handles", "handle", "erase", "account", "engine",
+    "job_result", "cancel", "handles", "handle", "erase", "account", "engine", "refused",
 ]  # fmt: skip
 
 
@@ -45,6 +45,13 @@ class Words(Strict):
     name: Annotated[str, Field(max_length=4096)] = ""
     wait_s: float = 0.0
     idempotency_key: Annotated[str, Field(max_length=32 << 10)] | None = None
+    request_id: Annotated[str, Field(max_length=64)] = ""
+
+
+class Refused(Strict):
+    """A refusal that a caller is about to be told: the JSON of `TrocarError.as_json`."""
+
+    error: Annotated[str, Field(max_length=1 << 20)]
 
 
 class Ending(Strict):

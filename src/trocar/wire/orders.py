@@ -148,7 +148,7 @@ def unpack_fault(body: bytes, nodes: Sequence[str]) -> tuple[str, str]:
     """Code and path.
 
     Args:
-        nodes: names that the path may be.
+        nodes: what the path may be, by number.
 
     Raises:
         BadRequest: `bad_frame` for a number outside both tables.

@@ -110,5 +110,9 @@ def _nibbles(steps: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
 
 
 def _halves(data: npt.NDArray[np.uint8], width: int) -> npt.NDArray[np.int64]:
-    both = np.stack([data & 15, data >> 4], axis=-1).reshape(len(data), -1)[:, :width].astype(np.int64)
+    both = (
+        np.stack([data & 15, data >> 4], axis=-1)
+        .reshape(len(data), 2 * data.shape[1])[:, :width]
+        .astype(np.int64)
+    )
     return np.where(both > 7, both - 16, both)

@@ -18,7 +18,7 @@ from trocar.cli.checks import Finding
 from trocar.codes import CODES
 from trocar.graph.spec import SPEC
 
-VERBS = ("serve", "demo", "model", "key", "ledger", "airlock", "ops", "doctor")
+VERBS = ("serve", "demo", "model", "key", "ledger", "airlock", "attack", "ops", "doctor")
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -167,6 +168,41 @@ def test_the_youngest_gives_way_and_comes_back() -> None:
         assert s.check() == []
     assert not s.live
     assert s.counts.preemptions >= 1
+
+
+def holders(s: Scheduler) -> dict[str, int]:
+    return dict(Counter(x.live.task.tenant for x in s.running))
+
+
+def test_places_are_shared_between_tenants_who_wait() -> None:
+    """One tenant's long texts hold every place; each step gives one to whoever waits with fewer, until they are even."""
+    s = scheduler(step_tokens=1000, sequences=6, prefix_cache=False)
+    s.add(live("flood", (4,) * 20, TEXT, most=100, tenant="a"))
+    advance(s, s.plan())
+    assert holders(s) == {"a": 6}
+    s.add(live("b", (4,) * 5, TEXT, most=100, tenant="b"))
+    s.add(live("c", (4,), TEXT, most=100, tenant="c"))
+    seen = []
+    for _ in range(5):
+        advance(s, s.plan())
+        assert s.check() == []
+        seen.append(holders(s))
+    assert seen[0] in ({"a": 5, "b": 1}, {"a": 5, "c": 1})
+    assert seen[1] == {"a": 4, "b": 1, "c": 1}
+    assert seen[2:] == [{"a": 3, "b": 2, "c": 1}] * 3
+    assert s.counts.preemptions == 3
+    while s.live:
+        advance(s, s.plan())
+
+
+def test_nobody_gives_way_while_places_are_free() -> None:
+    s = scheduler(step_tokens=1000, sequences=6)
+    s.add(live("many", (4,) * 4, TEXT, most=9, tenant="a"))
+    advance(s, s.plan())
+    s.add(live("few", (4,), TEXT, most=9, tenant="b"))
+    advance(s, s.plan())
+    assert holders(s) == {"a": 4, "b": 1}
+    assert s.counts.preemptions == 0
 
 
 def test_variants_of_a_sweep_start_together() -> None:

@@ -151,6 +151,10 @@ def test_deleted_anchors_are_missed(anchored: Room, folder: Path) -> None:
         no = refused("ledger_rolled_back", anchored.open)
         assert "gone" in no.reason
         assert "--accept" in no.next_step
+        database = Database(anchored.place.url)
+        with database.read() as connection:
+            assert "gone" in heads.report(connection, folder).problems[0]
+        database.close()
     file.write_bytes(content)
     anchored.open()
 
@@ -223,13 +227,35 @@ def test_nothing_is_admitted_while_heads_cannot_be_written_down(anchored: Room, 
     moved = folder.rename(folder.with_name("moved"))
     folder.write_bytes(b"a file where the folder was")
     assert anchored.ledger.settle(held, 10, b"").spent_bits == 10  # what was admitted goes on
-    until(lambda: anchored.ledger._anchors._failed, 10)
+    until(lambda: anchored.ledger._anchors._failure, 10)
     no = refused("ledger_unavailable", lambda: anchored.ask(who, 10))
     assert "anchors" in no.reason
     folder.unlink()
     moved.rename(folder)
     anchored.spend(who, 10)
     until(lambda: last(folder) == anchored.ledger.head(), 10)
+
+
+def test_a_ledger_that_is_turned_back_while_it_runs_admits_nothing_more(
+    server_gate: Room, folder: Path
+) -> None:
+    """A server of PostgreSQL can be restored under the connections of whoever uses it."""
+    gate = server_gate
+    gate.options = {"anchors": folder}
+    gate.crash()
+    who = gate.key()
+    gate.spend(who, 10)
+    copy = gate.place.backup()
+    gate.spend(who, 900)
+    until(lambda: last(folder) == gate.ledger.head(), 10)
+    now = gate.place.backup()
+    gate.place.restore(copy)
+    gate.spend(who, 10)  # at most a second, or a hundred entries
+    until(lambda: gate.ledger._anchors._failure, 10)
+    for _ in range(2):
+        refused("ledger_rolled_back", lambda: gate.ask(who, 10))
+    gate.place.restore(now)
+    gate.spend(who, 10)
 
 
 def test_a_folder_that_cannot_be_written_does_not_start(gate: Room, tmp_path: Path) -> None:

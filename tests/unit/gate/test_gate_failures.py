@@ -16,6 +16,7 @@ from gate_room import Room, code_of
 from sqlalchemy import event
 
 from trocar.errors import TrocarError
+from trocar.gate import accounts
 from trocar.gate.database import Database
 from trocar.gate.policy import Role, Tier
 from trocar.gate.presence import Presence
@@ -143,6 +144,21 @@ def test_a_lost_account_stops_the_charge(broken_gate: Room) -> None:
         _unavailable(lambda: gate.ledger.settle(held, 10, b""))
 
 
+def test_an_account_is_written_only_over_the_row_it_was_computed_from(gate: Room) -> None:
+    who = gate.key()
+    gate.spend(who, 100)
+    stale = gate.account("*")
+    gate.spend(who, 100)
+    with gate.database.read() as connection:
+        assert accounts.find(connection, "base", ["*"])["*"] != stale
+
+    def overwrite() -> None:
+        with gate.database.write() as connection:
+            accounts.hold(connection, [stale], 10, gate.clock())
+
+    assert "not the one that was read" in _unavailable(overwrite)
+
+
 def test_a_payload_changed_on_disk_is_never_replayed(broken_gate: Room) -> None:
     gate, who = broken_gate, broken_gate.key()
     gate.ledger.settle(gate.reserve(who, 100, idem="k"), 10, b"charged")
@@ -208,5 +224,6 @@ def test_files_of_dead_processes_are_swept(file_gate: Room) -> None:
         assert process.wait() == -signal.SIGKILL
     locks = gate.place.folder / "ledger.db.locks"
     assert len(list(locks.glob("*.live"))) == 2
+    gate.options = {"anchors": gate.place.folder / "anchors"}  # a storm keeps some
     gate.crash()
     assert len(list(locks.glob("*.live"))) == 1

@@ -103,3 +103,14 @@ def test_a_forked_child_that_closes_says_nothing_about_its_parent(server_gate: R
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert gate.ledger.settle(held, 10, b"").spent_bits == 10
     assert gate.ledger.check() == []
+
+
+def test_a_child_that_closes_leaves_its_parents_session_alone(server_gate: Room) -> None:
+    presence: Any = server_gate.database.presence
+    presence._pid += 1
+    presence.close()
+    presence._pid -= 1
+    neighbour = Room(server_gate.place)
+    assert not neighbour.database.presence.is_dead(presence.instance)
+    assert neighbour.database.presence.is_dead("not a name of ours")
+    neighbour.close()

@@ -1,235 +1,307 @@
-"""What leaves: rounded as IEEE says, counted to the bit, never above its price, and only from one room."""
+"""What leaves: counted to the bit, never above its price, charged before it exists, and only from one room."""
 
 # ruff: noqa: E501 - tables of cases, one a line
 from __future__ import annotations
 
 import json
-from fractions import Fraction
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from answer_room import COARSE, EOS, EXACT, FACTS, TOKEN_BITS, Letters, arrays, checked, dot, node, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trocar import errors
 from trocar.gate import release
-from trocar.graph.cost import Cost
+from trocar.gate.answers import Raw
+from trocar.gate.release import Press, Step, Variant
+from trocar.graph.check import Checked
+from trocar.graph.cost import Cost, Prices
 from trocar.wire import about
 from trocar.wire import results as r
 
-TOKEN_BITS = 9
 CHARGE = r.Charge(bits=1, seq=1, head="h", left_bits=None)
-WIDTHS = st.integers(10, 32)
-NUMBERS = st.floats(width=32, min_value=-(2.0**126), max_value=2.0**126, allow_nan=False)
-HANDLE = f"act_{'a' * 32}"
+OVERHEAD = 256
+UNSAID = r.Precision(scalar_bits=0, vector_bits=0, logprob_step=0.0, logprob_floor=None)
+RECEIPT = r.Receipt(
+    model="m", fingerprint="f", engine="e", dtype="float32", program_digest="p", request_digest="q", seed=0, edits=(),
+    released_bits={}, reserved_bits=7, precision=UNSAID,
+)  # fmt: skip
+EDIT = node("edit.scale", "e", site="resid_post.1", at="prompt[0]", by=2.0)
+SCORE = checked(read(), *dot(), node("score", "s", of="d"))
+EDITED = checked(EDIT, read(), *dot(), node("score", "s", of="d"))
+KEPT = checked(read(), node("capture", "k", of=["r"]), *dot(), node("score", "s", of="d"))
 
 
-def rounded(x: float, bits: int) -> float:
-    return float(release.round_to_bits(np.array([x], np.float32), bits)[0])
+def press(prices: Prices = EXACT) -> Press:
+    return Press(FACTS, Letters(), prices)
 
 
-def unit(x: float, bits: int) -> Fraction:
-    """Distance of neighbouring floats of `bits` bits (8 exponent bits) around x; 2^-126 is the least normal."""
-    exponent = -126
-    size = abs(Fraction(x))
-    while size >= Fraction(2) ** (exponent + 1):
-        exponent += 1
-    return Fraction(2) ** (exponent - (bits - 9))
+def raw(program: Checked, fill: float = 0, **given: Any) -> Raw:
+    """What a worker gives; in names of arrays `_` stands for a dot."""
+    named = {name.replace("_", "."): numbers for name, numbers in given.items()}
+    handles = {n.id: "act_" + "0" * 32 for n in program.outputs() if n.op == "capture"}
+    return Raw(program, arrays(program, named, fill), handles)
 
 
-@settings(max_examples=300, deadline=None)
-@given(NUMBERS, WIDTHS)
-def test_rounding_is_to_nearest_even(x: float, bits: int) -> None:
-    step = unit(x, bits)
-    assert (
-        Fraction(rounded(x, bits)) == round(Fraction(x) / step) * step
-    )  # `round` of a Fraction is half-even
+def step(*raws: Raw, swept: bool = False) -> Step:
+    variants = [Variant({"e.by": i} if swept else {}, one) for i, one in enumerate(raws)]
+    return Step(variants, swept, (("a", "b"), ("c",)), RECEIPT)
 
 
-@settings(max_examples=200, deadline=None)
-@given(NUMBERS, NUMBERS, WIDTHS)
-def test_rounding_is_idempotent_monotone_and_close(x: float, y: float, bits: int) -> None:
-    near = rounded(x, bits)
-    assert rounded(near, bits) == near
-    assert abs(Fraction(near) - Fraction(x)) <= unit(x, bits) / 2
-    if x <= y:
-        assert near <= rounded(y, bits)
-    assert rounded(-x, bits) == -near
-
-
-@pytest.mark.parametrize(("x", "bits", "near"), [
-    (1.0, 10, 1.0), (1.25, 10, 1.0), (1.75, 10, 2.0), (-1.26, 10, -1.5), (0.1, 16, 0.10009765625), (3.14159274, 32, 3.1415927410125732),
-    (1e-45, 24, 0.0), (-0.0, 24, -0.0), (9.9e37, 10, 8.507059173023462e37),
-])  # fmt: skip
-def test_rounding_by_hand(x: float, bits: int, near: float) -> None:
-    assert rounded(x, bits) == near
-
-
-@pytest.mark.parametrize("bits", [-1, 0, 1, 9, 33, 64])
-def test_widths_that_are_no_float(bits: int) -> None:
-    with pytest.raises(errors.ServerFault) as caught:
-        rounded(1.0, bits)
-    assert caught.value.code == "bad_bits"
-    assert str(bits) in caught.value.reason
-
-
-@pytest.mark.parametrize("x", [np.nan, np.inf, -np.inf, 3e38])
-def test_what_is_not_finite_is_not_rounded(x: float) -> None:
-    with pytest.raises(errors.RunFailed) as caught:
-        rounded(x, 24)
-    assert caught.value.code == "result_not_finite"
-
-
-# ---- whole results --------------------------------------------------------------------------------
-
-
-def result(edits: tuple[r.EditReceipt, ...] = (), **outputs: Any) -> r.RunResult:
-    receipt = r.Receipt(
-        model="m", fingerprint="f", engine="e", dtype="float32", program_digest="p", request_digest="q", seed=0,
-        edits=edits, released_bits={}, reserved_bits=0,
-    )  # fmt: skip
-    return r.RunResult(outputs=outputs, tokens=(("a",),), receipt=receipt)
-
-
-def price(overhead: int = 256, **bits: int) -> Cost:
-    out = {"overhead": overhead, **bits}
+def price(**bits: int) -> Cost:
+    out = {"overhead": OVERHEAD, **{name.replace("__", "."): n for name, n in bits.items()}}
     return Cost(
         tokens=0, rows_read=0, flops=0, bytes_stored=0, bits_out=out, total_bits=sum(out.values()), download_bits=0
     )  # fmt: skip
 
 
-def score(*numbers: float) -> r.ScoreOutput:
-    n = len(numbers)
-    return r.ScoreOutput(prompts=(0,) * n, positions=tuple(range(n)), scores=numbers)
+def sent(priced: release.Priced) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(priced.payload)
+    return found
 
 
-def lens(logprobs: list[list[list[float]]]) -> r.LensOutput:
-    ids = tuple(tuple(tuple(range(len(k))) for k in rows) for rows in logprobs)
-    texts = tuple(tuple(tuple("t" for _ in k) for k in rows) for rows in logprobs)
-    rows = len(logprobs[0]) if logprobs else 0
-    return r.LensOutput(
-        names=tuple(f"v{i}" for i in range(len(logprobs))), prompts=(0,) * rows, positions=tuple(range(rows)), ids=ids,
-        texts=texts, logprobs=tuple(tuple(tuple(k) for k in x) for x in logprobs),
-    )  # fmt: skip
+def too_large(work: Any, name: str, text: str = "is larger than its price") -> None:
+    with pytest.raises(errors.ServerFault) as caught:
+        work()
+    assert (caught.value.code, caught.value.path) == ("internal", name)
+    assert text in caught.value.reason
+    assert "0.125" not in str(caught.value)
 
 
-SMALL = st.floats(-1e6, 1e6, width=32)
-
-
-@st.composite
-def priced_results(draw: st.DrawFn) -> tuple[r.RunResult, Cost, int]:
-    """Outputs that fill a part of what was reserved for them; prices counted here by hand."""
-    bits = draw(WIDTHS)
-    most, k, values = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    n = draw(st.integers(0, most))
-    row = st.lists(SMALL, min_size=k, max_size=k)
-    outputs = {
-        "a": lens(draw(st.lists(st.lists(row, min_size=n, max_size=n), min_size=values, max_size=values))),
-        "b": score(*draw(st.lists(SMALL, min_size=n, max_size=n))),
-        "c": r.LogprobsOutput(prompts=(0,) * n, positions=(0,) * n, ids=((1,) * k,), texts=(("t",) * k,),
-                              logprobs=tuple(map(tuple, draw(st.lists(row, min_size=n, max_size=n))))),
-        "d": r.TextOutput(texts=("x",), ids=(tuple(range(n)),), finished=(True,)),
-        "e": r.CaptureOutput(handle=HANDLE, sites=("z.1",), widths={"z.1": 4}, rows=n, bytes=9, rows_per_prompt=(n,)),
-        "f": r.FitOutput(artifact="art", fit="ridge", fingerprint="f", n_train=1, n_test=1,
-                         sites=(r.SiteMetrics(site="z.1", metrics={"r2": draw(SMALL), "r2_low": draw(SMALL)}),)),
-    }  # fmt: skip
-    cost = price(
-        a=values * most * k * (TOKEN_BITS + bits), b=most * bits, c=most * k * bits, d=(most + 1) * TOKEN_BITS, e=0,
-        f=2 * bits, lengths=3,
-    )  # fmt: skip
-    used = (
-        256
-        + 3
-        + values * n * k * (TOKEN_BITS + bits)
-        + n * bits
-        + n * k * bits
-        + (n + 1) * TOKEN_BITS
-        + 2 * bits
-    )
-    return result(**outputs), cost, used * 100 + bits
-
-
-@settings(max_examples=60, deadline=None)
-@given(priced_results())
-def test_measured_bits_are_what_is_sent_and_never_above_the_price(
-    case: tuple[r.RunResult, Cost, int],
-) -> None:
-    made, cost, packed = case
-    used, bits = divmod(packed, 100)
-    priced = release.prepare(made, cost, TOKEN_BITS, bits)
-    assert priced.bits == used <= cost.total_bits
-    sent = json.loads(priced.payload)
-    counted = sent["receipt"]["released_bits"]
-    assert sum(counted.values()) == used
-    assert all(counted[name] <= cost.bits_out[name] for name in counted)
-    assert set(counted) == set(cost.bits_out)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(SMALL, min_size=1, max_size=5), WIDTHS, st.integers(0, 2**23 - 1))
-def test_the_text_is_a_function_of_the_charged_bits(numbers: list[float], bits: int, noise: int) -> None:
-    """Each number in the JSON names exactly one float32, whose uncharged bits are zero; noise below them is lost."""
-    sent = json.loads(release.prepare(result(s=score(*numbers)), price(s=10**4), TOKEN_BITS, bits).payload)
-    back = np.array(sent["outputs"]["s"]["scores"], np.float32)
-    assert not (back.view(np.uint32) & np.uint32((1 << (32 - bits)) - 1)).any()
-    # what a receiver could tell apart: the text of a number with other low bits, if it rounds to the same
-    shaken = (back.view(np.uint32) | np.uint32(noise & ((1 << max(31 - bits, 0)) - 1))).view(np.float32)
-    again = release.prepare(result(s=score(*map(float, shaken))), price(s=10**4), TOKEN_BITS, bits).payload
-    assert json.loads(again)["outputs"]["s"]["scores"] == sent["outputs"]["s"]["scores"]
-    assert all(len(repr(x)) <= 24 for x in sent["outputs"]["s"]["scores"])
-
-
-EDIT = r.EditReceipt(id="e", op="edit.add", site="z.1", rows=2, norm_before=1 / 3, norm_after=2 / 3)
-
-
-def test_receipts_are_rounded_and_counted() -> None:
-    priced = release.prepare(result((EDIT,), s=score(0.1)), price(s=24, receipts=48), TOKEN_BITS, 24)
-    sent = json.loads(priced.payload)
-    edit = sent["receipt"]["edits"][0]
-    assert edit["norm_before"] == float(str(np.float32(rounded(1 / 3, 24))))
-    assert edit["norm_after"] == float(str(np.float32(rounded(2 / 3, 24))))
-    assert sent["receipt"]["released_bits"] == {"overhead": 256, "receipts": 48, "s": 24}
-    assert priced.bits == 328
+# ---- one request ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("made", "cost", "path"),
+    ("prices", "precision", "bits", "scores", "norm"),
     [
-        (result(s=score(1.0, 2.0)), price(s=24), "s"),
-        (result(s=lens([[[1.0], [2.0]]])), price(s=33), "s"),
-        (result(s=lens([[[1.0]]]).model_copy(update={"logprobs": (((1.0, 2.0),),)})), price(s=33), "s"),
-        (result(s=r.TextOutput(texts=("x",), ids=((1, 2),), finished=(False,))), price(s=18), "s"),
-        (result(s=score(1.0), t=score(1.0)), price(s=24), "t"),
-        (result(overhead=score(1.0)), price(), "overhead"),
-        (result((EDIT,)), price(), "receipts"),
-        (result((EDIT, EDIT)), price(receipts=95), "receipts"),
+        (EXACT, (32, 32, 0.0, None), {"s": 64, "receipts": 64}, [0.1, -0.125], 0.1),
+        (COARSE, (8, 4, 0.0625, -15.9375), {"s": 32, "receipts": 32}, [0.1, -0.12520], 0.100097656),
     ],
 )
-def test_a_result_above_its_price_is_our_fault_and_stays(made: r.RunResult, cost: Cost, path: str) -> None:
+def test_a_receipt_says_what_left_and_how(
+    prices: Prices, precision: tuple[Any, ...], bits: dict[str, int], scores: list[float], norm: float
+) -> None:
+    program = checked(EDIT, read(), *dot(), node("score", "s", of="d"), prices=prices)
+    made = press(prices).run(
+        step(raw(program, s_scores=[0.1, -0.125], receipts_norms=[[0.1, 0.1]])), program.cost
+    )
+    result = sent(made)
+    assert result["receipt"]["released_bits"] == {"overhead": OVERHEAD, **bits} == program.cost.bits_out
+    assert made.bits == program.cost.total_bits
+    assert result["receipt"]["precision"] == dict(
+        zip(("scalar_bits", "vector_bits", "logprob_step", "logprob_floor"), precision, strict=True)
+    )
+    assert result["receipt"]["edits"] == [
+        {
+            "id": "e",
+            "op": "edit.scale",
+            "site": "resid_post.1",
+            "rows": 2,
+            "norm_before": norm,
+            "norm_after": norm,
+        }
+    ]
+    assert np.allclose(result["outputs"]["s"]["scores"], scores, rtol=0, atol=1e-3)
+    assert result["tokens"] == [["a", "b"], ["c"]]
+    assert (result["receipt"]["reserved_bits"], result["receipt"]["model"]) == (7, "m")
+    assert "sweep" not in result
+    assert r.RunResult.model_validate_json(made.payload).outputs["s"].kind == "score"
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> tuple[list[Any], Prices, tuple[int, int], int]:
+    """A program of every output, at any prices, whose texts end anywhere; and its bits, counted by hand."""
+    prices = Prices(
+        draw(st.sampled_from([4, 8, 11, 16, 32])), OVERHEAD, draw(st.sampled_from([4, 8, 16, 32]))
+    )
+    at, k, most = draw(st.sampled_from(["gen[*]", "all", "gen[0]"])), draw(st.integers(1, 3)), 4
+    lengths = draw(st.tuples(st.integers(1, most), st.integers(1, most)))
+    nodes = [
+        EDIT, read(at=at), *dot(), node("gt", "g", a="d", b=0.0), read("p", "attn_probs.1", at, keys="prompt[0:2]"),
+        node("lens", "a", of=["r"], top_k=k), node("logprobs", "b", at=at, tokens=["a"] * k), node("score", "c", of="d"),
+        node("score", "h", of="g"), node("pattern", "i", of="p"), node("raw", "j", of=["r"]), node("text", "t"),
+        node("metric", "m", metric="cross_entropy", at="prompt[0]"), node("capture", "n", of=["r"]),
+    ]  # fmt: skip
+    rows = {"gen[*]": sum(lengths), "all": 8 + sum(lengths), "gen[0]": 2}[at]
+    scalar, scale = prices.scalar_bits, 0 if prices.scalar_bits == 32 else 16
+    row_scale = 0 if prices.vector_bits == 32 else 16
+    used = (
+        OVERHEAD + 2 * max(16, scalar) + 4 + rows * k * (TOKEN_BITS + scalar) + rows * k * scalar + rows * scalar + scale
+        + rows + rows * 4 * scalar + rows * (8 * prices.vector_bits + row_scale) + 2 * scalar + scale
+        + TOKEN_BITS * sum(n if n < most else n + 1 for n in lengths) + 2 * 3
+    )  # fmt: skip
+    return nodes, prices, lengths, used
+
+
+@settings(max_examples=80, deadline=None)
+@given(runs())
+def test_what_is_charged_is_what_is_sent_and_never_above_the_price(case: Any) -> None:
+    nodes, prices, lengths, used = case
+    program = checked(*nodes, new=4, prices=prices)
+    texts = [[*[4] * (n - (n < 4)), *[EOS] * (n < 4), *[0] * (4 - n)] for n in lengths]
+    given_ = {"t_ids": texts, "lengths": lengths, "receipts_rows": [2]}
+    made = press(prices).run(step(raw(program, **given_)), program.cost)
+    counted = sent(made)["receipt"]["released_bits"]
+    assert made.bits == used == sum(counted.values()) <= program.cost.total_bits
+    assert set(counted) == set(program.cost.bits_out)
+    assert all(counted[name] <= bits for name, bits in program.cost.bits_out.items())
+    if lengths == (4, 4):
+        assert counted == program.cost.bits_out
+
+
+@pytest.mark.parametrize(
+    ("program", "cost", "name"),
+    [
+        (SCORE, price(s=63), "s"),
+        (EDITED, price(s=64, receipts=63), "receipts"),
+        (checked(node("text", "s"), new=4), price(s=2 * 5 * TOKEN_BITS - 1), "s"),
+        (checked(read(at="gen[0]"), node("capture", "s", of=["r"]), new=4), price(s=0, lengths=5), "lengths"),
+        (checked(read(), node("raw", "s", of=["r"])), price(s=2 * 8 * 32 - 1), "s"),
+        (checked(read(), node("lens", "s", of=["r"], top_k=1)), price(s=2 * (TOKEN_BITS + 32) - 1), "s"),
+    ],
+)
+def test_more_than_the_price_is_our_fault_and_stays(program: Checked, cost: Cost, name: str) -> None:
+    given_ = raw(program, fill=0.125)
+    too_large(lambda: press().run(step(given_), cost), name)
+    exact = cost.model_copy(update={"bits_out": {**cost.bits_out, name: cost.bits_out[name] + 1}})
+    assert press().run(step(given_), exact).bits == sum(exact.bits_out.values())
+
+
+def test_what_has_no_price_stays() -> None:
+    too_large(lambda: press().run(step(raw(SCORE)), price(t=64)), "s", "has no price")
+    too_large(lambda: press().run(step(raw(EDITED)), price(s=64)), "receipts", "has no price")
+
+
+def test_less_than_the_price_is_refunded() -> None:
+    assert press().run(step(raw(SCORE)), price(s=1000)).bits == OVERHEAD + 64
+
+
+@pytest.mark.parametrize("x", [np.nan, np.inf, -2e38])
+def test_a_result_that_is_not_finite_does_not_leave(x: float) -> None:
+    for program, bad in ((SCORE, {"s_scores": [0.0, x]}), (EDITED, {"receipts_norms": [[0.0, x]]})):
+        with pytest.raises(errors.RunFailed, match="result_not_finite"):
+            press().run(step(raw(program, **bad)), program.cost)
+
+
+# ---- sweeps ---------------------------------------------------------------------------------------
+
+
+def test_every_variant_is_rounded_and_counted() -> None:
+    program = checked(EDIT, read(), *dot(), node("score", "s", of="d"), prices=COARSE)
+    raws = [raw(program, s_scores=[x, x / 3], receipts_norms=[[x, x]]) for x in (0.1, 4.0)]
+    made = press(COARSE).run(step(*raws, swept=True), price(s=2 * 32, receipts=2 * 32))
+    result = sent(made)
+    assert made.bits == OVERHEAD + 4 * 32
+    assert result["receipt"]["released_bits"] == {"overhead": OVERHEAD, "receipts": 64, "s": 64}
+    assert (result["outputs"], result["receipt"]["edits"]) == ({}, [])
+    assert [v["settings"] for v in result["sweep"]] == [{"e.by": 0}, {"e.by": 1}]
+    assert [v["outputs"]["s"]["scores"] for v in result["sweep"]] == [
+        [float(str(np.float32(top * k / 127))) for k in (127, 42)] for top in (0.100097656, 4.0)
+    ]
+    assert [v["edits"][0]["norm_after"] for v in result["sweep"]] == [0.100097656, 4.0]
+    assert r.RunResult.model_validate_json(made.payload).sweep[1].edits[0].rows == 2
+
+
+@pytest.mark.parametrize(
+    ("cost", "name"), [(price(s=127, receipts=128), "s"), (price(s=128, receipts=127), "receipts")]
+)
+def test_a_sweep_above_its_price_stays(cost: Cost, name: str) -> None:
+    swept = step(raw(EDITED, 0.125), raw(EDITED, 0.125), swept=True)
+    too_large(lambda: press().run(swept, cost), name)
+    prefixed = price(**{f"step0__{n}": b for n, b in cost.bits_out.items() if n != "overhead"})
+    too_large(lambda: press().session([swept], prefixed, keep=True), name)
+
+
+def test_a_variant_that_is_not_finite_stops_all() -> None:
+    with pytest.raises(errors.RunFailed, match="result_not_finite"):
+        press().run(step(raw(SCORE), raw(SCORE, s_scores=[np.nan, 0]), swept=True), price(s=128))
+
+
+# ---- sessions -------------------------------------------------------------------------------------
+
+
+def session(steps: Sequence[Step], cost: Cost, *, keep: bool = True) -> tuple[list[dict[str, Any]], int]:
+    made = press().session(steps, cost, keep=keep)
+    return sent(made)["steps"], made.bits
+
+
+def test_the_steps_of_a_session_have_one_overhead() -> None:
+    tricky = checked(EDIT, read(), *dot(), node("score", "step1.s", of="d"))
+    cost = price(step0__step1__s=64, step0__receipts=64, step1__s=64, step10__s=999)
+    steps, bits = session([step(raw(tricky)), step(raw(SCORE))], cost)
+    assert bits == OVERHEAD + 64 + 64 + 64
+    assert [s["receipt"]["released_bits"] for s in steps] == [
+        {"overhead": OVERHEAD, "receipts": 64, "step1.s": 64},
+        {"s": 64},
+    ]
+    assert [s["receipt"]["precision"]["scalar_bits"] for s in steps] == [32, 32]
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [price(s=64), price(step0__s=128), price(step0__s=64, step1__s=63), price(step0__s=64, step10__s=64)],
+)
+def test_a_step_cannot_use_the_price_of_another(cost: Cost) -> None:
     with pytest.raises(errors.ServerFault) as caught:
-        release.prepare(made, cost, TOKEN_BITS, 24)
-    assert (caught.value.code, caught.value.path) == ("internal", path)
-    assert "1.0" not in str(caught.value)
+        session([step(raw(SCORE)), step(raw(SCORE))], cost)
+    assert (caught.value.code, caught.value.path) == ("internal", "s")
 
 
-NAN = float("nan")
+def test_without_a_sweep_nothing_is_said_of_one() -> None:
+    both = [step(raw(SCORE)), step(raw(SCORE), swept=True)]
+    steps, _ = session(both, price(step0__s=64, step1__s=64))
+    assert ["sweep" in s for s in steps] == [False, True]
 
 
-@pytest.mark.parametrize("number", [NAN, float("inf"), -1e39, 1e300])
-@pytest.mark.parametrize("where", ["score", "lens", "logprobs", "fit", "receipt"])
-def test_a_result_that_is_not_finite_is_not_released(number: float, where: str) -> None:
-    made = {
-        "score": lambda: result(s=r.ScoreOutput.model_construct(kind="score", prompts=(0,), positions=(0,), scores=(number,))),
-        "lens": lambda: result(s=lens([[[0.0]]]).model_copy(update={"logprobs": (((number,),),)})),
-        "logprobs": lambda: result(s=r.LogprobsOutput.model_construct(kind="logprobs", prompts=(0,), positions=(0,), ids=((1,),), texts=(("a",),), logprobs=((number,),))),
-        "fit": lambda: result(s=r.FitOutput.model_construct(kind="fit", artifact="a", fit="ridge", fingerprint="f", n_train=1, n_test=1, sites=(r.SiteMetrics.model_construct(site="z.1", metrics={"r2": number}),))),
-        "receipt": lambda: result((EDIT.model_copy(update={"norm_after": number}),)),
-    }[where]()  # fmt: skip
-    with pytest.raises(errors.RunFailed) as caught:
-        release.prepare(made, price(s=10**4, receipts=10**4), TOKEN_BITS, 24)
-    assert caught.value.code == "result_not_finite"
+@pytest.mark.parametrize("keep", [True, False])
+def test_handles_that_will_not_be_there_are_not_told(keep: bool) -> None:
+    both = [step(raw(KEPT)), step(raw(KEPT), raw(KEPT), swept=True)]
+    steps, bits = session(both, price(step0__s=64, step0__k=0, step1__s=128, step1__k=0), keep=keep)
+    told = [set(steps[0]["outputs"]), *(set(v["outputs"]) for v in steps[1]["sweep"])]
+    assert told == [{"s", "k"} if keep else {"s"}] * 3
+    assert ("act_" in json.dumps(steps)) == keep
+    assert bits == OVERHEAD + 3 * 64
+
+
+# ---- fits -----------------------------------------------------------------------------------------
+
+
+def fitted(*metrics: float, sites: int = 1) -> r.RunResult:
+    named = {f"m{i}": x for i, x in enumerate(metrics)}
+    places = tuple(r.SiteMetrics.model_construct(site=f"z.{i}", metrics=named) for i in range(sites))
+    fit = r.FitOutput.model_construct(
+        kind="fit", artifact="art", fit="ridge", fingerprint="f", n_train=3, n_test=1, sites=places
+    )
+    return r.RunResult.model_construct(outputs={"fit": fit}, tokens=(), receipt=RECEIPT, sweep=())
+
+
+@pytest.mark.parametrize(("prices", "each", "near"), [(EXACT, 32, 0.1), (COARSE, 16, 0.100097656)])
+def test_a_fit_is_numbers_that_stand_alone(prices: Prices, each: int, near: float) -> None:
+    made = press(prices).fit(fitted(0.1, 300.0, sites=2), price(fit=4 * each))
+    result = sent(made)
+    assert made.bits == OVERHEAD + 4 * each
+    assert result["receipt"]["released_bits"] == {"overhead": OVERHEAD, "fit": 4 * each}
+    assert result["receipt"]["precision"]["scalar_bits"] == prices.scalar_bits
+    assert [s["metrics"] for s in result["outputs"]["fit"]["sites"]] == [{"m0": near, "m1": 300.0}] * 2
+    assert "sweep" not in result
+    too_large(lambda: press(prices).fit(fitted(0.125, 0.125), price(fit=2 * each - 1)), "fit")
+    too_large(lambda: press(prices).fit(fitted(0.125), price(other=999)), "fit", "has no price")
+
+
+@pytest.mark.parametrize("x", [float("nan"), float("inf"), -1e39, 1e300])
+def test_a_metric_that_is_not_finite_does_not_leave(x: float) -> None:
+    with pytest.raises(errors.RunFailed, match="result_not_finite"):
+        press().fit(fitted(0.5, x), price(fit=64))
+
+
+def test_a_fit_gives_nothing_but_fits() -> None:
+    score = r.ScoreOutput(prompts=(0,), positions=(0,), scores=(0.125,))
+    result = fitted().model_copy(update={"outputs": {"fit": score}})
+    too_large(lambda: press().fit(result, price(fit=999)), "fit", "nothing but fits")
 
 
 # ---- the only door --------------------------------------------------------------------------------
@@ -244,18 +316,18 @@ def test_charged_before_it_exists() -> None:
 
     out = release.seal(release.Priced(b"x", 7), settle)
     assert seen == [(7, b"x")]
-    assert (out.payload, out.status, out.charge) == (b"x", 200, CHARGE)
+    assert (out.payload, out.status, out.charge, out.retry_after_s) == (b"x", 200, CHARGE, None)
 
 
 def test_nothing_is_released_when_the_charge_fails() -> None:
     def settle(_bits: int, _payload: bytes) -> r.Charge:
         raise errors.refuse("ledger_unavailable", "", "the disk is full")
 
-    with pytest.raises(errors.ServerFault):
+    with pytest.raises(errors.ServerFault, match="ledger_unavailable"):
         release.seal(release.Priced(b"x", 7), settle)
 
 
-@pytest.mark.parametrize("seal", [None, object(), True, "seal"])
+@pytest.mark.parametrize("seal", [None, object(), True, "seal", release.Released])
 def test_nobody_else_makes_released_values(seal: object) -> None:
     with pytest.raises(TypeError, match="only"):
         release.Released(seal, b"weights", 200, None)
@@ -263,14 +335,23 @@ def test_nobody_else_makes_released_values(seal: object) -> None:
 
 def test_a_released_value_cannot_be_changed() -> None:
     out = release.public(about.HealthView(status="ok", version="1"), 202)
-    for name, value in (("payload", b"weights"), ("status", 500), ("charge", CHARGE), ("more", 1)):
+    for name, value in (
+        ("payload", b"weights"),
+        ("status", 500),
+        ("charge", CHARGE),
+        ("retry_after_s", 1),
+        ("more", 1),
+    ):
         with pytest.raises(TypeError, match="cannot be changed"):
             setattr(out, name, value)
     assert json.loads(out.payload) == {"status": "ok", "version": "1"}
     assert (out.status, out.charge) == (202, None)
 
 
-@pytest.mark.parametrize("view", [result(), score(1.0), EDIT, {"weights": 1}, SimpleNamespace()])
+@pytest.mark.parametrize("view", [
+    fitted(), r.ScoreOutput(prompts=(0,), positions=(0,), scores=(1.0,)), RECEIPT, {"weights": 1}, SimpleNamespace(),
+    r.EditReceipt(id="e", op="edit.add", site="z.1", rows=2, norm_before=1.0, norm_after=1.0), UNSAID, b"weights",
+])  # fmt: skip
 def test_what_is_not_public_is_not_wrapped(view: Any) -> None:
     with pytest.raises(TypeError, match="not public"):
         release.public(view)
@@ -278,30 +359,18 @@ def test_what_is_not_public_is_not_wrapped(view: Any) -> None:
 
 def test_refusals_are_wrapped_whatever_was_in_the_request() -> None:
     out = release.refused(errors.refuse("duplicate_key", "\ud800", "the key '\ud800' – twice"))
-    assert out.status == 400
+    assert (out.status, out.charge) == (400, None)
     refusal = json.loads(out.payload)["error"]["refusals"][0]
     assert (refusal["code"], refusal["reason"]) == ("duplicate_key", "the key '\ud800' – twice")
+
+
+def test_a_refusal_for_lack_of_room_says_when_to_come_again() -> None:
+    out = release.refused(errors.full("100 requests are waiting", 3.2))
+    assert out.status == 503
+    assert out.retry_after_s == json.loads(out.payload)["error"]["retry_after_s"] == 4
 
 
 def test_the_description_and_a_replay() -> None:
     assert json.loads(release.document({"openapi": "3.1"}).payload) == {"openapi": "3.1"}
     out = release.replay(b"same", CHARGE)
     assert (out.payload, out.status, out.charge) == (b"same", 200, CHARGE)
-
-
-def test_metrics_patterns_and_masks_are_rounded_and_counted() -> None:
-    metric = r.MetricOutput(metric="kl", values=(0.1, 0.3))
-    pattern = r.PatternOutput(
-        prompts=(0,), positions=(1,), heads=(0, 1), keys=((0, 1, 2),), probs=(((0.1, 0.2, 0.7), (1.0, 0.0, 0.0)),)
-    )  # fmt: skip
-    mask = r.ScoreOutput(prompts=(0, 0, 0), positions=(0, 1, 2), scores=(1.0, 0.0, 0.1), truth=True)
-    made = result(m=metric, p=pattern, t=mask)
-    priced = release.prepare(made, price(m=2 * 16, p=6 * 16, t=3), TOKEN_BITS, 16)
-    sent = json.loads(priced.payload)["outputs"]
-    assert priced.bits == 256 + 8 * 16 + 3
-    assert np.float32(sent["m"]["values"][0]) == rounded(0.1, 16)
-    assert np.float32(sent["p"]["probs"][0][0][2]) == rounded(0.7, 16)
-    assert sent["t"]["scores"] == [1.0, 0.0, 1.0]  # a bit each: nothing between 0 and 1 leaves
-    for short in ({"m": 31}, {"p": 95}, {"t": 2}):
-        with pytest.raises(errors.ServerFault):
-            release.prepare(made, price(**({"m": 32, "p": 96, "t": 3} | short)), TOKEN_BITS, 16)

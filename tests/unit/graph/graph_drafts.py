@@ -230,7 +230,7 @@ class Draft:
     def output(self) -> None:
         rows = [n for n in self.fits("wide", 8) if self.values[n].structure]
         numbers = self.fits("number") + self.fits("truth")
-        verb = self.draw(st.integers(0, 7))
+        verb = self.draw(st.integers(0, 8))
         if verb == 0 and rows:
             self.add("lens", of=[self.pick(rows)], top_k=self.draw(st.integers(1, 20)))
         elif verb in (1, 2) and numbers:
@@ -247,6 +247,8 @@ class Draft:
                 "read", site=f"attn_probs.{layer}", at=self.pick(PROMPT_AT + GEN_AT), keys="prompt[1:3]"
             )
             self.add("pattern", of=probs)
+        elif verb == 7:
+            self.add("raw", of=[self.read(plain=True)])
         else:
             self.add("logprobs", at=self.pick(PROMPT_AT + GEN_AT), tokens=["a", 7])
 

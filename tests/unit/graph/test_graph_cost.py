@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import typing
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from graph_drafts import drafts
 from graph_room import ACTS, LOGPROBS, PRICES, PROBE, TOKEN_BITS, Case, facts, node, program, read
+from hypothesis import HealthCheck, given, settings
 
 from trocar.graph import check, cost, ops, positions, spec
+from trocar.graph.cost import Prices
 from trocar.graph.labels import Label, join
 from trocar.graph.program import Node, canonical, json_schema
 from trocar.sites import Site
@@ -69,6 +73,35 @@ def test_scores_of_stored_rows_and_of_a_probe() -> None:
     assert bits(CASE, stored, V, node("dot", "d", a="v", b="r"), node("score", of="d"))["x"] == 2 * 32
     found = bits(CASE, read(at="prompt[0:3]"), node("score", of="r", probe=PROBE, site="resid_post.1"))
     assert found["x"] == 6 * 32
+
+
+COARSE = Prices(scalar_bits=8, overhead_bits=300, vector_bits=4)
+
+
+def coarse(case: Case, *nodes: dict[str, Any]) -> dict[str, int]:
+    return check.check(program(*nodes), case.scope(), COARSE).cost.bits_out
+
+
+def test_numbers_of_few_bits_share_a_scale_where_they_are_one_output() -> None:
+    """A scale of 16 bits with scores and metrics; none with log-probabilities, probabilities and truth values."""
+    d = [read(at="prompt[0:2]"), V, node("dot", "d", a="r", b="v")]
+    assert coarse(CASE, *d, node("score", of="d")) == {"overhead": 300, "x": 4 * 8 + 16}
+    assert coarse(CASE, *d, node("gt", "g", a="d", b=0.0), node("score", of="g"))["x"] == 4
+    assert coarse(CASE, node("metric", metric="cross_entropy", at="prompt[0]"))["x"] == 2 * 8 + 16
+    assert coarse(CASE, node("logprobs", tokens=["a", "b"]))["x"] == 2 * 2 * 8
+    assert coarse(CASE, read(), node("lens", of=["r"], top_k=3))["x"] == 2 * 3 * (TOKEN_BITS + 8)
+    probs = node("read", "p", site="attn_probs.1", at="prompt[-1]", keys="prompt[0:3]")
+    assert coarse(CASE, probs, node("pattern", of="p"))["x"] == 2 * 2 * 3 * 8
+    edit = node("edit.scale", "e", site="resid_post.1", by=2.0)
+    assert coarse(CASE.having(new=6), edit, node("text"))["receipts"] == 2 * 16 + 4
+
+
+def test_raw_rows_have_a_scale_each() -> None:
+    nodes = [read(at="prompt[0:2]"), read("s", "mlp_act.1", "prompt[0:2]"), node("raw", of=["r", "s"])]
+    assert coarse(CASE, *nodes)["x"] == 4 * (8 * 4 + 16) + 4 * (16 * 4 + 16)
+    assert bits(CASE, *nodes)["x"] == 4 * 8 * 32 + 4 * 16 * 32
+    generated = [{**n, "at": "all"} if n["op"] == "read" else n for n in nodes]
+    assert coarse(CASE.having(new=6), *generated)["x"] == 24 * (8 * 4 + 16) + 24 * (16 * 4 + 16)
 
 
 def test_flops_count_what_goes_through_the_head() -> None:
@@ -202,11 +235,56 @@ def test_a_row_is_complete(row: spec.OpSpec) -> None:
     assert row.gives
     assert (row.bits is not None) == (row.group == "output")
     assert (row.declassifier != "none") == (row.group == "output")
+    assert bool(row.unit) == (row.group == "output")
+    assert (row.label == "none") == (row.group in ("edit", "output", "control"))
     ids = "pattern='^[A-Za-z_]"  # how a field that takes an id shows
     fields = row.node.model_fields.items()
     refs = {n for n, f in fields if n != "id" and ids in repr((f.annotation, f.metadata))}
     assert refs == set(row.takes)
     assert set(row.node.model_fields) <= set(spec.field_names())
+
+
+SOURCES = {"user": {Label.USER}, "act": {Label.ACT}}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(drafts())
+def test_the_table_says_the_label_that_the_checker_gives(
+    draft: tuple[list[dict[str, Any]], tuple[int, ...]],
+) -> None:
+    nodes, lengths = draft
+    checked = Case(lengths=lengths, new=4).check(*nodes)
+    for one in checked.program.nodes:
+        said = spec.SPEC[one.op].label
+        assert (one.id in checked.values) == (said != "none"), one.op
+        if said == "join":
+            operands = [getattr(one, name) for name in spec.SPEC[one.op].takes]
+            below = [checked.values[ref].label for ref in operands if isinstance(ref, str)]
+            assert checked.values[one.id].label is max(below), one.op
+        elif said != "none":
+            assert {checked.values[one.id].label} == SOURCES[said], one.op
+
+
+def test_every_op_with_a_value_was_judged() -> None:
+    """What random programs rarely have: a program with each of them, so that no label goes unread."""
+    rows = [read(at="prompt[0:2]"), node("tensor", "v", name="v"), node("tensor", "m", name="m")]
+    made = [
+        node("vector", "w", handle=PROBE, site="resid_post.1"), node("stored", "k", handle=ACTS, site="resid_post.1"),
+        node("sae", "d", w_enc="w_enc", b_enc="b_enc", w_dec="w_dec", b_dec="b_dec"), node("add", "a1", a="r", b="v"),
+        node("sub", "a2", a="v", b="w"), node("scale", "a3", of="v", by=2.0), node("dot", "a4", a="r", b="v"),
+        node("matmul", "a5", a="v", b="m"), node("norm", "a6", of="r"), node("normalize", "a7", of="v"),
+        node("relu", "a8", of="v"), node("topk", "a9", of="v", k=2), node("mean", "b1", of="r"),
+        node("encode", "b2", of="r", sae="d"), node("eq", "b3", a="a4", b=1.0), node("gt", "b4", a="a4", b="a6"),
+        node("lt", "b5", a="a4", b=1.0), node("and", "b6", a="b3", b="b4"), node("or", "b7", a="b3", b="b5"),
+        node("not", "b8", of="b3"), node("where", "b9", cond="b3", a="r", b="v"),
+    ]  # fmt: skip
+    values = CASE.check(*rows, *made, LOGPROBS).values
+    ops_seen = {n["op"] for n in (*rows, *made)}
+    assert ops_seen == {row.op for row in spec.SPEC.values() if row.label != "none"}
+    sent = {"v", "m", "d", "a3", "a5", "a7", "a8", "a9"}
+    assert {name: v.label for name, v in values.items()} == {
+        name: Label.USER if name in sent else Label.ACT for name in values
+    }
 
 
 def test_groups() -> None:

@@ -64,9 +64,7 @@ def host(tiny_of: Callable[..., Any]) -> Iterator[Three]:
 
 
 @pytest.fixture(scope="module")
-def process(
-    serve: Callable[..., Any], tiny: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Any]:
+def process(serve: Callable[..., Any], tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     made = serve(tmp_path_factory.mktemp("one"), [tiny])
     yield made
     made.service.close()

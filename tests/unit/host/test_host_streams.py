@@ -45,7 +45,8 @@ def test_frames_of_many_senders_do_not_mix(pair: Pair) -> None:
     back = Stream(other, frames.at_most(call=1 << 24))
     bodies = [bytes([i]) * 50_000 for i in range(20)]
     senders = [
-        threading.Thread(target=stream.send, args=(Head(Kind.call, i, len(b)), b)) for i, b in enumerate(bodies)
+        threading.Thread(target=stream.send, args=(Head(Kind.call, i, len(b)), b))
+        for i, b in enumerate(bodies)
     ]
     for each in senders:
         each.start()

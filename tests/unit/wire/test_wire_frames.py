@@ -1,8 +1,10 @@
-"""Frames between processes: what is packed comes out, anything else is refused, and nothing is held beyond its limit."""
+"""Frames between processes: what is packed comes out, all else is refused, nothing is held beyond its limit."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
+from typing import TypeVar
 
 import pytest
 from hypothesis import given
@@ -10,9 +12,20 @@ from hypothesis import strategies as st
 
 from trocar.errors import TrocarError
 from trocar.wire import frames
-from trocar.wire.frames import HEAD_BYTES, MAX_LENGTH, MAX_NUMBER, Collector, Frame, Head, Kind, Status, at_most
+from trocar.wire.frames import (
+    HEAD_BYTES,
+    MAX_LENGTH,
+    MAX_NUMBER,
+    Collector,
+    Frame,
+    Head,
+    Kind,
+    Status,
+    at_most,
+)
 
 LIMIT = 4096
+T = TypeVar("T")
 HEADS = st.builds(
     Head,
     st.sampled_from(Kind),
@@ -22,9 +35,16 @@ HEADS = st.builds(
 )
 
 
-
 def small(head: Head) -> None:
     at_most(**{kind.name: LIMIT for kind in Kind})(head)
+
+
+def outcome(attempt: Callable[[], T]) -> T | str:
+    """What comes out, or the code of the refusal."""
+    try:
+        return attempt()
+    except TrocarError as e:
+        return e.code
 
 
 def code(attempt: object) -> str:
@@ -55,22 +75,16 @@ def test_a_header_comes_out_as_it_went_in(head: Head) -> None:
 
 @given(st.binary(max_size=40))
 def test_other_bytes_are_no_header(raw: bytes) -> None:
-    try:
-        found = frames.unpack(raw)
-    except TrocarError as e:
-        assert e.code == "bad_frame"
-    else:
-        assert frames.pack(found) == raw
+    found = outcome(lambda: frames.unpack(raw))
+    assert found == "bad_frame" or (isinstance(found, Head) and frames.pack(found) == raw)
 
 
 @given(HEADS, st.integers(0, HEAD_BYTES - 1), st.integers(1, 255))
 def test_a_byte_that_changed_is_another_header_or_none(head: Head, at: int, by: int) -> None:
     raw = bytearray(frames.pack(head))
     raw[at] = (raw[at] + by) % 256
-    try:
-        assert frames.unpack(bytes(raw)) != head
-    except TrocarError as e:
-        assert e.code == "bad_frame"
+    found = outcome(lambda: frames.unpack(bytes(raw)))
+    assert found == "bad_frame" or (isinstance(found, Head) and found != head)
 
 
 def test_lengths_end_where_four_bytes_end() -> None:
@@ -82,9 +96,7 @@ def test_lengths_end_where_four_bytes_end() -> None:
     st.lists(st.tuples(HEADS, st.binary(max_size=200)), max_size=5),
     st.lists(st.integers(1, 64), max_size=40),
 )
-def test_frames_come_out_however_their_bytes_arrive(
-    sent: list[tuple[Head, bytes]], sizes: list[int]
-) -> None:
+def test_frames_come_out_however_their_bytes_arrive(sent: list[tuple[Head, bytes]], sizes: list[int]) -> None:
     made = [Frame(Head(h.kind, h.number, len(body), h.status), body) for h, body in sent]
     stream = b"".join(frames.pack(f.head) + f.body for f in made)
     collector = Collector(small)
@@ -95,10 +107,8 @@ def test_frames_come_out_however_their_bytes_arrive(
 @given(st.binary(max_size=400), st.lists(st.integers(1, 64), max_size=40))
 def test_random_bytes_are_refused_or_wait(stream: bytes, sizes: list[int]) -> None:
     collector = Collector(small)
-    try:
-        fed(collector, stream, sizes)
-    except TrocarError as e:
-        assert e.code in ("bad_frame", "too_large")
+    found = outcome(lambda: fed(collector, stream, sizes))
+    assert isinstance(found, list) or found in ("bad_frame", "too_large")
     assert collector.wanted <= max(HEAD_BYTES, LIMIT)
 
 

@@ -37,7 +37,9 @@ def code(attempt: Any) -> str:
 
 def sheet(**changed: Any) -> RunSheet:
     program = Program(nodes=(ops.Text(id="t"),))
-    request = RunRequest(model="m", prompts=("caf\u00e9 \U0001f600", (1, 2)), program=program, generation=Generation())
+    request = RunRequest(
+        model="m", prompts=("caf\u00e9 \U0001f600", (1, 2)), program=program, generation=Generation()
+    )
     fields: dict[str, Any] = {
         "model": "m", "order": "o.1", "tenant": "alice", "request": request, "handles": ({"kept": "act_1"},),
         "made": {"step0.kept": "act_2"}, "begun": True, "known": {"act_1": KNOWN},

@@ -1,8 +1,9 @@
 """Who feeds what in the next step: decode rows first, then prompts in turns between tenants, within a budget.
 
 Tenants take turns, then the requests of a tenant, then the prompts of a request, so nobody waits behind a long
-queue of somebody else. A prompt longer than what is left of the budget is fed in chunks, unless its program ties
-rows of it together. When keys and values do not fit, cached prefixes go first, then the sequence that came last
+queue of somebody else; and when all places are taken, the tenant who holds most gives one back to who waits with
+fewest. A prompt longer than what is left of the budget is fed in chunks, unless its program ties rows of it
+together. When keys and values do not fit, cached prefixes go first, then the sequence that came last
 gives its place back and is computed again later.
 
 The scheduler moves host state only; it never touches a tensor of the model.
@@ -10,7 +11,7 @@ The scheduler moves host state only; it never touches a tensor of the model.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -183,6 +184,8 @@ class Scheduler:
 
     def _admissions(self, budget: Budget) -> list[Chunk]:
         out: list[Chunk] = []
+        if budget.rows > 0 and len(self.running) >= self.limits.sequences:
+            self._give_way()
         for live in self._candidates():
             chunks = self._admit(live, budget) if budget.rows > 0 and self._room(live.waiting[0]) else []
             if not chunks:
@@ -207,6 +210,20 @@ class Scheduler:
             self.kv.copy(slot, sequence.slot, sequence.fed, range(self.kv.shape.layers))
             self.counts.prefix_hit_tokens += sequence.fed
         return [self._spend(sequence, count, budget)]
+
+    def _give_way(self) -> None:
+        """When all places are taken, one of the tenant who has most goes to the tenant with fewest who waits.
+
+        Only if that tenant is behind by two, so that places do not change hands for ever.
+        """
+        held = Counter(s.live.task.tenant for s in self.running)
+        waiting = {x.task.tenant for x in self.live.values() if x.waiting and x.run.failed is None}
+        poorest = min(waiting, key=lambda tenant: held[tenant], default=None)
+        richest, most = max(held.items(), key=lambda item: item[1])
+        if poorest is None or most < held[poorest] + 2:
+            return
+        self._preempt(next(s for s in reversed(self.running) if s.live.task.tenant == richest))
+        self._tenants.rotate(-self._tenants.index(poorest))
 
     def _keep_turn(self, live: Live) -> None:
         """Whoever could not start is first in line again."""
@@ -269,13 +286,13 @@ class Scheduler:
         if slot is None:
             return False
         while tokens > slot.pool.capacity_tokens and not self.kv.fits(tokens, slot):
-            if not self.cache.evict() and self._preempt_youngest() is sequence:
+            if not self.cache.evict() and self._preempt(self.running[-1]) is sequence:
                 return False
         sequence.slot = self.kv.grown(slot, tokens)
         return True
 
-    def _preempt_youngest(self) -> Sequence:
-        sequence = self.running.pop()
+    def _preempt(self, sequence: Sequence) -> Sequence:
+        self.running.remove(sequence)
         if sequence.slot is not None:
             self.kv.give(sequence.slot)
         sequence.rewind()

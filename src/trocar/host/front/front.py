@@ -19,7 +19,7 @@ from trocar.host.streams import Lost, Stream, connect
 from trocar.strict import Strict
 from trocar.wire import calls, frames
 from trocar.wire import requests as q
-from trocar.wire.calls import Ending, Verb, Words
+from trocar.wire.calls import Ending, Refused, Verb, Words
 from trocar.wire.frames import Head, Kind
 from trocar.wire.tensors import Vectors
 
@@ -62,16 +62,41 @@ class Front:
     def plan(self, caller: Bearer, request: q.RunRequest, vectors: Vectors, /) -> Released:
         return self._call("plan", caller, request, vectors)
 
-    def run(self, caller: Bearer, request: q.RunRequest, vectors: Vectors, key: str | None, /) -> Released:
-        return self._call("run", caller, request, vectors, key=key)
+    def refused(self, caller: Bearer, request_id: str, error: errors.TrocarError, /) -> errors.TrocarError:
+        """Has a refusal entered in the log; gives what the caller is told."""
+        told = Refused(error=json.dumps(error.as_json()))
+        try:
+            self._call("refused", caller, told, request_id=request_id)
+        except errors.TrocarError as e:
+            return e
+        return error
+
+    def run(
+        self,
+        caller: Bearer,
+        request: q.RunRequest,
+        vectors: Vectors,
+        key: str | None,
+        request_id: str = "",
+        /,
+    ) -> Released:
+        return self._call("run", caller, request, vectors, key=key, request_id=request_id)
 
     def session(
-        self, caller: Bearer, request: q.SessionRequest, vectors: Vectors, key: str | None, /
+        self,
+        caller: Bearer,
+        request: q.SessionRequest,
+        vectors: Vectors,
+        key: str | None,
+        request_id: str = "",
+        /,
     ) -> Released:
-        return self._call("session", caller, request, vectors, key=key)
+        return self._call("session", caller, request, vectors, key=key, request_id=request_id)
 
-    def fit(self, caller: Bearer, request: q.FitRequest, key: str | None, /) -> Released:
-        return self._call("fit", caller, request, key=key)
+    def fit(
+        self, caller: Bearer, request: q.FitRequest, key: str | None, request_id: str = "", /
+    ) -> Released:
+        return self._call("fit", caller, request, key=key, request_id=request_id)
 
     def job(self, caller: Bearer, job: str, /) -> Released:
         return self._call("job", caller, name=job)
@@ -113,9 +138,18 @@ class Front:
         name: str = "",
         wait_s: float = 0.0,
         key: str | None = None,
+        request_id: str = "",
     ) -> Released:
         secret = None if caller is None else caller.secret
-        words = strict.make(Words, verb=verb, secret=secret, name=name, wait_s=wait_s, idempotency_key=key)
+        words = strict.make(
+            Words,
+            verb=verb,
+            secret=secret,
+            name=name,
+            wait_s=wait_s,
+            idempotency_key=key,
+            request_id=request_id,
+        )
         body = calls.pack_call(words, request, vectors)
         if len(body) > calls.MOST_CALL_BYTES:
             raise errors.refuse(

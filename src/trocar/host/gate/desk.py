@@ -24,7 +24,7 @@ from trocar.service.service import Service
 from trocar.strict import Strict
 from trocar.wire import calls, frames, tensors
 from trocar.wire import requests as q
-from trocar.wire.calls import Call, Ending, Verb
+from trocar.wire.calls import Call, Ending, Refused, Verb
 from trocar.wire.frames import Head, Kind
 
 log = logging.getLogger(__name__)
@@ -125,18 +125,30 @@ def _arrays(call: Call) -> Any:
     return tensors.unpack(call.arrays)[1] if call.arrays else {}
 
 
+def _named(call: Call) -> tuple[str | None, str]:
+    return call.words.idempotency_key, call.words.request_id
+
+
+def _refused(service: Service, caller: Principal, call: Call) -> Released:
+    """What a caller is told instead is raised; the same is no news."""
+    error = errors.from_json(strict.read_json(_read(Refused, call).error.encode()))
+    told = service.refused(caller, call.words.request_id, error)
+    if told is not error:
+        raise told
+    return service.health()
+
+
 _Answer = Callable[[Service, Principal, Call], Released]
 _VERBS: Final[dict[Verb, _Answer]] = {
     "authenticate": lambda s, _who, _call: s.health(),
+    "refused": _refused,
     "tokenize": lambda s, who, call: s.tokenize(who, _read(q.TokenizeRequest, call)),
     "plan": lambda s, who, call: s.plan(who, _read(q.RunRequest, call), _arrays(call)),
-    "run": lambda s, who, call: s.run(
-        who, _read(q.RunRequest, call), _arrays(call), call.words.idempotency_key
-    ),
+    "run": lambda s, who, call: s.run(who, _read(q.RunRequest, call), _arrays(call), *_named(call)),
     "session": lambda s, who, call: s.session(
-        who, _read(q.SessionRequest, call), _arrays(call), call.words.idempotency_key
+        who, _read(q.SessionRequest, call), _arrays(call), *_named(call)
     ),
-    "fit": lambda s, who, call: s.fit(who, _read(q.FitRequest, call), call.words.idempotency_key),
+    "fit": lambda s, who, call: s.fit(who, _read(q.FitRequest, call), *_named(call)),
     "job": lambda s, who, call: s.job(who, call.words.name),
     "job_result": lambda s, who, call: s.job_result(who, call.words.name, call.words.wait_s),
     "cancel": lambda s, who, call: s.cancel(who, call.words.name),

@@ -41,7 +41,7 @@ class Errand:
 
     Attributes:
         length: bytes of what it may say, to the byte.
-        nodes: names that a fault may point to.
+        nodes: paths that a fault may point to, by their numbers.
         request: names what is run, where it may be what kills a worker.
     """
 

@@ -65,7 +65,7 @@ class RemoteWorker:
             Kind.run,
             _sized(orders.with_arrays(sheet, prepared.vectors)),
             _size(declared),
-            tuple(node.id for node in prepared.program.nodes),
+            tuple(f"program.nodes[{i}]" for i in range(len(prepared.program.nodes))),
             f"{order.tenant}:{prepared.digest}",
         )
         return _arrays(self._result(errand, watch), declared)

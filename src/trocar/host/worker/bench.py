@@ -240,7 +240,9 @@ class _AtNode(Exception):
 
 
 def _node(path: str, names: Sequence[str]) -> int | None:
-    return names.index(path) if path in names else None
+    """The number of the node that a refusal is about; engines say its name or its place."""
+    places = [*names, *(f"program.nodes[{i}]" for i in range(len(names)))]
+    return places.index(path) % len(names) if path in places else None
 
 
 def _pinned(model: Model) -> Pinned:

@@ -1,0 +1,85 @@
+"""`trocar attack`: attacks on the weights through the SDK, against open weights and against the same as a secret."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from trocar import errors
+from trocar.cli import show
+from trocar.cli.show import JsonOption
+
+if TYPE_CHECKING:
+    from trocar.cli.attack_room import Row, Side
+
+SMALL: Final = "random"
+COLUMNS: Final = (
+    "attack", "open: bytes", "of matrix", "of model", "error", "secret: bytes", "of limit", "of matrix", "error",
+    "least error", "ended by",
+)  # fmt: skip
+
+
+def run(
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="Model to attack: a pulled one, or a small random one.")
+    ] = SMALL,
+    attack: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Attack to make; repeat it; all by default.")
+    ] = None,
+    patient: Annotated[
+        bool, typer.Option("--patient", help="Lift the windows of a day: a thief can wait.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Try to steal a model's weights, twice; exit code 1 when more came out than was charged for."""
+    from trocar.attacks.table import ATTACKS, BY_NAME
+
+    for name in attack or ():
+        if name not in BY_NAME:
+            near = errors.closest(name, BY_NAME)
+            raise errors.refuse("bad_argument", "attack", f"there is no attack {name!r}", closest=near)
+    from trocar.cli import attack_room
+
+    wanted = [a for a in ATTACKS if not attack or a.name in attack]
+    rows = attack_room.play(model, wanted, patient=patient)
+    if json:
+        show.as_json([asdict(row) for row in rows])
+    else:
+        show.table(COLUMNS, [_cells(row) for row in rows])
+        print("\n".join(_notes(rows)))
+    if any(row.problems for row in rows):
+        raise typer.Exit(1)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    off, on = row.open, row.secret
+    return (
+        row.attack + (" *" if row.offline else ""),
+        *_side(off),
+        _share(off.recovered, off.model_weights),
+        f"{off.error:.2g}",
+        show.size(on.bytes_out),
+        _share(on.charged_bits, on.limit_bits or 0),
+        _share(on.recovered, on.matrix_weights),
+        f"{on.error:.4f}",
+        f"{on.least_error:.4f}",
+        ", ".join(on.refusals) or "nothing",
+    )
+
+
+def _side(side: Side) -> tuple[str, str]:
+    return show.size(side.bytes_out), _share(side.recovered, side.matrix_weights)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.3g} %" if whole else "-"
+
+
+def _notes(rows: list[Row]) -> list[str]:
+    notes: list[Any] = []
+    if any(row.offline for row in rows):
+        notes.append("* not through the server: it has no such operation, so the model itself was asked")
+    problems = [f"{row.attack}: {text}" for row in rows for text in row.problems]
+    return [*notes, *(problems or ["nothing came out that was not charged for"])]

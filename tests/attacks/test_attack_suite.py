@@ -1,0 +1,147 @@
+"""Twelve attacks on a small random model: each steals where nothing protects, and is stopped where a budget does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from trocar.attacks.table import ATTACKS, BY_NAME, Attack
+from trocar.cli import attack_room
+from trocar.cli.app import main
+from trocar.cli.attack_room import Row, problems
+from trocar.codes import CODES
+from trocar.gate.policy import Policy, Tier
+
+# What the open side must reach for the attack to count as one: relative error, and share of the attacked weights.
+REAL = {
+    "embedding-read": (1e-6, 1.0),
+    "hidden-dimension": (0.0, 0.0),
+    "subspace": (0.05, 0.0),
+    "steer-logprobs": (1e-5, 1.0),
+    "basis-injection": (1e-3, 1.0),
+    "passive-regression": (1e-4, 1.0),
+    "activation-target": (1e-3, 1.0),
+    "gradient-read": (1e-6, 1.0),
+    "boolean-oracle": (0.02, 1.0),
+    "k-average": (1e-4, 1.0),
+    "coalition": (1e-6, 1.0),
+    "adapter-initialisation": (0.7, 0.1),
+}
+
+
+# Stopped by a rule before a budget runs out.
+RULED = {"activation-target": "policy", "boolean-oracle": "rank_exhausted"}
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, Row]:
+    return {row.attack: row for row in attack_room.play("random", ATTACKS)}
+
+
+def test_every_attack_is_judged() -> None:
+    assert set(REAL) == set(BY_NAME)
+    assert len(ATTACKS) == 12
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.name)
+def test_an_attack_is_real(rows: dict[str, Row], attack: Attack) -> None:
+    """Where nothing protects the weights, it has them."""
+    off, (error, share) = rows[attack.name].open, REAL[attack.name]
+    assert off.error <= error
+    assert off.recovered >= share * off.attacked_weights
+    assert off.limit_bits is None
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda a: a.name)
+def test_an_attack_is_stopped(rows: dict[str, Row], attack: Attack) -> None:
+    """As a secret: within the limit, what came was charged, no better than the bits allow, and by a refusal."""
+    on = rows[attack.name].secret
+    assert rows[attack.name].problems == ()
+    assert on.limit_bits is not None
+    assert on.received_bits <= on.charged_bits <= on.limit_bits
+    assert on.error >= on.least_error
+    assert on.matrix_error >= on.least_matrix_error
+    assert on.refusals
+    assert set(on.refusals) <= set(CODES)
+    assert on.recovered <= on.matrix_weights / 10
+
+
+@pytest.mark.parametrize("attack", [a for a in ATTACKS if not a.offline], ids=lambda a: a.name)
+def test_an_attack_spends_what_it_has(rows: dict[str, Row], attack: Attack) -> None:
+    """Nothing is stopped for want of trying: the window of a day is used up, where there is one, or all there is."""
+    on, policy = rows[attack.name].secret, Policy()
+    day = policy.data.lineage_day_ppm / (policy.terms(Tier.external).life_ppm or 1)
+    if attack.name in RULED:
+        assert RULED[attack.name] in on.refusals
+        return
+    assert on.charged_bits >= 0.8 * day * (on.limit_bits or 0)
+
+
+PATIENT = ("embedding-read", "subspace", "steer-logprobs", "coalition")
+
+
+@pytest.fixture(scope="module")
+def waited() -> dict[str, Row]:
+    return {
+        row.attack: row for row in attack_room.play("random", [BY_NAME[n] for n in PATIENT], patient=True)
+    }
+
+
+@pytest.mark.parametrize("name", PATIENT)
+def test_a_thief_who_waits_gets_the_limit_for_life_and_no_more(waited: dict[str, Row], name: str) -> None:
+    on = waited[name].secret
+    assert waited[name].problems == ()
+    assert 0.8 * (on.limit_bits or 0) <= on.charged_bits <= (on.limit_bits or 0)
+    assert on.error >= on.least_error
+
+
+def test_a_coalition_is_no_better(rows: dict[str, Row]) -> None:
+    alone, together = rows["embedding-read"].secret, rows["coalition"].secret
+    assert together.charged_bits <= (alone.limit_bits or 0)
+    assert together.recovered <= 1.1 * alone.recovered
+
+
+def test_what_must_not_be_is_noticed(rows: dict[str, Row]) -> None:
+    """Each judgement can fail."""
+    attack, good = BY_NAME["embedding-read"], rows["embedding-read"].secret
+    bad = {
+        "limit is": replace(good, charged_bits=(good.limit_bits or 0) + 1),
+        "were charged": replace(good, received_bits=good.charged_bits + 1),
+        "is below": replace(good, error=0.5 * good.least_error),
+        "no limit": replace(good, limit_bits=None),
+        "nothing stopped": replace(good, refusals=()),
+    }
+    assert list(problems(attack, good)) == []
+    assert all(words in " ".join(problems(attack, side)) for words, side in bad.items())
+
+
+def test_the_command_prints_a_table(
+    rows: dict[str, Row], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(attack_room, "play", lambda _model, attacks, **_: [rows[a.name] for a in attacks])
+    assert main(["attack", "run"]) == 0
+    said = capsys.readouterr().out
+    assert all(a.name in said for a in ATTACKS)
+    assert "not through the server" in said
+    assert "nothing came out that was not charged for" in said
+    assert main(["attack", "run", "--attack", "coalition", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["attack"] for row in found] == ["coalition"]
+    assert found[0]["secret"]["charged_bits"] <= found[0]["secret"]["limit_bits"]
+
+
+def test_the_command_fails_when_more_came_out(
+    rows: dict[str, Row], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    bad = replace(rows["coalition"], problems=("12 bits came, 11 were charged",))
+    monkeypatch.setattr(attack_room, "play", lambda _model, _attacks, **_: [bad])
+    assert main(["attack", "run", "--attack", "coalition"]) == 1
+    assert "coalition: 12 bits came, 11 were charged" in capsys.readouterr().out
+
+
+def test_an_unknown_attack_is_refused(capsys: Any) -> None:
+    assert main(["attack", "run", "--attack", "colition"]) == 2
+    assert "closest: 'coalition'" in capsys.readouterr().err
