@@ -36,7 +36,6 @@ def gate(
 ) -> None:
     """Check, charge and release for fronts; part of `trocar serve --isolation host`."""
     from trocar.cli.access import Rulebook, access, open_gate, print_access, saved_secret
-
     from trocar.cli.reload import reread
 
     stop = threading.Event()

@@ -25,9 +25,8 @@ from typing import Final
 from trocar import errors
 from trocar.cli.address import Address
 from trocar.cli.child import ALONE
-from trocar.cli.folder import LEDGER_URL, Folder
-from trocar.cli.serve_options import LogLevel
-from trocar.cli.sizes import Sizes
+from trocar.cli.folder import LEDGER_URL
+from trocar.cli.plan import Plan
 from trocar.cli.worker import LOG
 
 log = logging.getLogger(__name__)
@@ -38,19 +37,6 @@ MOST_PAUSE_S: Final = 30.0
 STOP_S: Final = {"front": 6.0, "gate": 5.0, "worker": 5.0}
 _SECRETS: Final = ("TROCAR_API_KEY", LEDGER_URL)
 """Settings that a process without the books has no business with."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is served, and how."""
-
-    models: tuple[str, ...]
-    folder: Folder
-    policy: Path | None
-    anchors: Path | None
-    sizes: Sizes
-    log_level: LogLevel
-    save_key: bool
 
 
 @dataclass(eq=False, slots=True)

@@ -9,20 +9,21 @@ from __future__ import annotations
 import signal
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 from trocar import errors
 from trocar.cli import serve_options as options
-from trocar.cli.access import Access, Rulebook, access, open_gate, print_access, saved_secret
+from trocar.cli.access import Access, access, open_gate, print_access, saved_secret
 from trocar.cli.audit import AnchorsOption
 from trocar.cli.folder import DataOption, Folder
 from trocar.cli.logs import log_to_stderr
+from trocar.cli.plan import Plan, Sizes
 from trocar.cli.serve_options import Isolation, LogLevel
-from trocar.cli.sizes import Sizes
 
 if TYPE_CHECKING:
+    from trocar.cli.address import Address
     from trocar.gate.gate import Gate
     from trocar.service.compose import Assembly
 
@@ -70,40 +71,48 @@ def serve(
         if ready_file is not None:
             ready_file.unlink(missing_ok=True)
             stack.callback(ready_file.unlink, missing_ok=True)
-        rules = Rulebook(policy or folder.policy, named=policy is not None)
+        sizes = Sizes(threads, step_tokens, kv_gib)
+        plan = Plan(tuple(model), folder, policy, anchors, sizes, log_level, save_key)
 
         def on_ready() -> None:
             if ready_file is not None:
                 write_ready(ready_file, address.url)
             print(f"trocar ready {address.url}", flush=True)
 
-        sizes = Sizes(threads, step_tokens, kv_gib)
-        if isolation is Isolation.host:
-            from trocar.cli.processes import Plan, serve_in_three
+        serve_it = _in_three if isolation is Isolation.host else _in_one
+        serve_it(plan, address, on_ready, stack)
 
-            rules.read()  # what is wrong with it is said before three processes say it
-            print(f"loading {', '.join(model)} ...\n{ISOLATION['host']}", flush=True)
-            plan = Plan(tuple(model), folder, policy, anchors, sizes, log_level, save_key)
-            serve_in_three(plan, address, on_ready)
-            return
-        gate = open_gate(folder, rules, anchors or folder.anchors, stack)
-        secret = saved_secret(gate) if save_key else None
-        assembly = _load(model, folder, gate, sizes)
-        from trocar.api.app import create_app
-        from trocar.cli.serving import HttpServer, Served
-        from trocar.service.compose import spare_collector
 
-        service = assembly.service
-        served = Served(
-            create_app(service),
-            assembly.halt,
-            service.close,
-            lambda: gate.change_policy(rules.read()),
-            spare_collector,
-        )
-        server = HttpServer(served, log_level, on_ready)
-        _print_start(assembly, address.url, access(gate, address.url, secret, save_key))
-        server.serve_until_stopped(address)
+Ready = Callable[[], None]
+
+
+def _in_three(plan: Plan, address: Address, on_ready: Ready, _stack: ExitStack) -> None:
+    from trocar.cli.processes import serve_in_three
+
+    plan.rules.read()  # what is wrong with the file is said before three processes say it
+    print(f"loading {', '.join(plan.models)} ...\n{ISOLATION['host']}", flush=True)
+    serve_in_three(plan, address, on_ready)
+
+
+def _in_one(plan: Plan, address: Address, on_ready: Ready, stack: ExitStack) -> None:
+    gate = open_gate(plan.folder, plan.rules, plan.anchors or plan.folder.anchors, stack)
+    secret = saved_secret(gate) if plan.save_key else None
+    assembly = _load(plan.models, plan.folder, gate, plan.sizes)
+    from trocar.api.app import create_app
+    from trocar.cli.serving import HttpServer, Served
+    from trocar.service.compose import spare_collector
+
+    service = assembly.service
+    served = Served(
+        create_app(service),
+        assembly.halt,
+        service.close,
+        lambda: gate.change_policy(plan.rules.read()),
+        spare_collector,
+    )
+    server = HttpServer(served, plan.log_level, on_ready)
+    _print_start(assembly, address.url, access(gate, address.url, secret, plan.save_key))
+    server.serve_until_stopped(address)
 
 
 def _require_models(names: Sequence[str]) -> None:

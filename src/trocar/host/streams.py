@@ -30,7 +30,7 @@ class Lost(Exception):
 
 
 class Stream:
-    """One connection; one thread may read it, any may send.
+    """One connection; one thread may read it, any may write.
 
     Args:
         allow: as for `frames.Collector`.
@@ -43,7 +43,7 @@ class Stream:
         self._collector = frames.Collector(allow)
         self._turn = threading.Lock()
 
-    def send(self, head: Head, body: bytes = b"") -> None:
+    def put(self, head: Head, body: bytes = b"") -> None:
         """Sends a frame, whole.
 
         Raises:
@@ -59,7 +59,7 @@ class Stream:
         left, last_s = memoryview(data), time.monotonic()
         while left:
             try:
-                sent = self._socket.send(left[:_CHUNK_BYTES])
+                sent = self._socket.sendmsg([left[:_CHUNK_BYTES]])
             except TimeoutError:
                 if time.monotonic() - last_s > FRAME_S:
                     raise

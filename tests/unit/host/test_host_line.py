@@ -388,6 +388,6 @@ def test_a_line_that_breaks_while_it_sends_is_a_death(
         raise lines.Lost("gone")
 
     assert host.line._stream is not None
-    monkeypatch.setattr(host.line._stream, "send", broken)
+    monkeypatch.setattr(host.line._stream, "put", broken)
     assert ending(host, start(host)).code == "worker_lost"
     assert peer.was_cut()

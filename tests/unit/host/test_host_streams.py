@@ -33,7 +33,7 @@ def test_a_large_frame_goes_through_in_pieces(pair: Pair) -> None:
     stream, other = pair
     back = Stream(other, frames.at_most(call=1 << 24))
     body = bytes(range(256)) * (1 << 14)
-    sender = threading.Thread(target=stream.send, args=(Head(Kind.call, 5, len(body)), body))
+    sender = threading.Thread(target=stream.put, args=(Head(Kind.call, 5, len(body)), body))
     sender.start()
     frame = back.receive()
     sender.join()
@@ -45,7 +45,7 @@ def test_frames_of_many_senders_do_not_mix(pair: Pair) -> None:
     back = Stream(other, frames.at_most(call=1 << 24))
     bodies = [bytes([i]) * 50_000 for i in range(20)]
     senders = [
-        threading.Thread(target=stream.send, args=(Head(Kind.call, i, len(b)), b))
+        threading.Thread(target=stream.put, args=(Head(Kind.call, i, len(b)), b))
         for i, b in enumerate(bodies)
     ]
     for each in senders:
@@ -95,7 +95,7 @@ def test_a_peer_that_reads_nothing_is_none(pair: Pair, monkeypatch: pytest.Monke
     monkeypatch.setattr(streams, "FRAME_S", 0.2)
     body = bytes(8 << 20)
     with pytest.raises(Lost):
-        pair[0].send(Head(Kind.call, 1, len(body)), body)
+        pair[0].put(Head(Kind.call, 1, len(body)), body)
 
 
 def test_closing_wakes_who_reads() -> None:

@@ -174,7 +174,7 @@ def bench(own: Any) -> Iterator[tuple[Path, Pinned]]:
 
 def exchange(path: Path, kind: Kind, body: bytes) -> frames.Frame:
     stream = Stream(connect(path), frames.at_most(result=1 << 20))
-    stream.send(Head(kind, 4, len(body)), body)
+    stream.put(Head(kind, 4, len(body)), body)
     try:
         return stream.receive(WAIT_S)
     finally:

@@ -164,14 +164,14 @@ class Front:
             kept = self._idle.pop() if self._idle else None
         if kept is not None:
             try:
-                kept.send(Head(Kind.call, 0, len(body)), body)
+                kept.put(Head(Kind.call, 0, len(body)), body)
             except Lost:
                 kept.close()
             else:
                 return self._answer(kept)
         try:
             stream = Stream(connect(self._path), frames.at_most(answer=calls.MOST_ANSWER_BYTES))
-            stream.send(Head(Kind.call, 0, len(body)), body)
+            stream.put(Head(Kind.call, 0, len(body)), body)
         except (OSError, Lost):
             raise _away() from None
         return self._answer(stream)

@@ -89,7 +89,7 @@ class Desk:
                     status=released.status, charge=released.charge, retry_after_s=released.retry_after_s
                 )
                 body = calls.pack_answer(ending, released.payload)
-                stream.send(Head(Kind.answer, frame.head.number, len(body)), body)
+                stream.put(Head(Kind.answer, frame.head.number, len(body)), body)
         except (Lost, errors.TrocarError) as e:
             if not self._closing.is_set() and isinstance(e, errors.TrocarError):
                 log.warning("a front was cut off: %s", e.reason)

@@ -96,7 +96,7 @@ def _ask(worker: Path, name: str, deadline_s: float) -> bytes:
             time.sleep(RETRY_S)
             continue
         try:
-            stream.send(Head(Kind.facts, 1, len(body)), body)
+            stream.put(Head(Kind.facts, 1, len(body)), body)
             frame = stream.receive(ASK_S)
         except Lost:
             continue

@@ -120,7 +120,7 @@ class Line:
             raise errors.refuse("checksum_mismatch", "model", reason, next_step=_REPIN)
         raise _bad() if self._distrusted else lost()
 
-    def send(self, errand: Errand) -> Open:
+    def order(self, errand: Errand) -> Open:
         """Sends an errand; its result arrives once.
 
         Raises:
@@ -138,7 +138,7 @@ class Line:
             entry = Open(errand, self._last)
             self._open[entry.number] = entry
         try:
-            stream.send(Head(errand.kind, entry.number, len(errand.body)), errand.body)
+            stream.put(Head(errand.kind, entry.number, len(errand.body)), errand.body)
         except Lost:
             stream.close()  # the reader ends, and fails what is open
         return entry
@@ -149,7 +149,7 @@ class Line:
             stream = self._stream if entry.number in self._open else None
         if stream is not None:
             with suppress(Lost):
-                stream.send(Head(Kind.cancel, entry.number, 0))
+                stream.put(Head(Kind.cancel, entry.number, 0))
 
     def give_up(self, entry: Open, error: errors.TrocarError) -> None:
         """Waits no longer for an errand: whatever it still brings is thrown away."""
@@ -169,7 +169,7 @@ class Line:
 
     def _erase(self, body: bytes) -> None:
         try:
-            self.send(Errand(Kind.erase, body, 0))
+            self.order(Errand(Kind.erase, body, 0))
         except errors.Overloaded:
             self.owe(body)
 
@@ -216,7 +216,7 @@ class Line:
             self._last += 1
             hello = Open(Errand(Kind.hello, body, 0), self._last)
             self._open[hello.number] = hello
-        stream.send(Head(Kind.hello, hello.number, len(body)), body)
+        stream.put(Head(Kind.hello, hello.number, len(body)), body)
         self._take(stream.receive(HELLO_S))
         if hello.result.exception() is not None:
             self._other = True  # a new version, or other files: nothing was run, and nobody is accused

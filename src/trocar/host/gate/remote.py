@@ -125,7 +125,7 @@ class RemoteWorker:
         return _json(orders.Ask(model=self.pinned.facts.name))
 
     def _quick(self, kind: Kind, length: int, body: bytes) -> bytes:
-        entry = self.line.send(Errand(kind, body, length))
+        entry = self.line.order(Errand(kind, body, length))
         try:
             return entry.result.result(QUICK_S)
         except Late:
@@ -135,7 +135,7 @@ class RemoteWorker:
 
     def _result(self, errand: Errand, watch: Watch) -> bytes:
         watch.require_wanted()
-        entry = self.line.send(errand)
+        entry = self.line.order(errand)
         wait = _Wait(self.line, entry)
         watch.stoppable(wait.stop)
         return wait.result()

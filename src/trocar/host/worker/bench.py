@@ -144,7 +144,7 @@ class Visit:
             log.exception("order %d failed", frame.head.number)
             status, body = Status.fault, orders.pack_fault("internal", None)
         with suppress(Lost):
-            self.stream.send(Head(Kind.result, frame.head.number, len(body), status), body)
+            self.stream.put(Head(Kind.result, frame.head.number, len(body), status), body)
         del self.running[frame.head.number]
 
     # ---- one method per kind of order ----

@@ -1,9 +1,14 @@
-"""What an operator may set about engines, as words of a command line and as numbers."""
+"""What an operator asks a server to be: its models, its folder, its rules and its sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+from trocar.cli.access import Rulebook
+from trocar.cli.folder import Folder
+from trocar.cli.serve_options import LogLevel
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,3 +29,20 @@ class Sizes:
         for name, value in named.items():
             if value is not None:
                 yield from (f"--{name}", str(value))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is served, and how."""
+
+    models: tuple[str, ...]
+    folder: Folder
+    policy: Path | None
+    anchors: Path | None
+    sizes: Sizes
+    log_level: LogLevel
+    save_key: bool
+
+    @property
+    def rules(self) -> Rulebook:
+        return Rulebook(self.policy or self.folder.policy, named=self.policy is not None)
