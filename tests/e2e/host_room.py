@@ -1,14 +1,13 @@
-"""A tiny model of open weights in a cache of its own, and servers on it in one process or in three."""
+"""A tiny model of open weights in a cache of its own, and servers on it: in one process, in three, or by hand."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import signal
+import socket
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +22,14 @@ from trocar.models.fingerprint import fingerprint, stamp
 
 NAME = "tiny"
 WAIT_S = 60.0
+COME_UP_S = 180.0
 
 
-def make_model(root: Path, model: Any, tokenizer: Any, *, open_weights: bool = True) -> Path:
+def make_model(root: Path, model: Any, tokenizer: Any) -> Path:
     """A model directory as a pull leaves it, under the cache `root`."""
     home = root / "models" / "tiny-1"
     model.save_pretrained(home)
     tokenizer.save_pretrained(home)
-    shutil.copy(home / "tokenizer.json", home / "tokenizer.json.tmp")
-    (home / "tokenizer.json.tmp").unlink()
     parameters = sum(p.numel() for p in model.parameters())
     manifest = cache.Manifest(
         source="catalog",
@@ -44,7 +42,7 @@ def make_model(root: Path, model: Any, tokenizer: Any, *, open_weights: bool = T
         stamp=stamp(home),
         license="unknown",
         lineage=NAME,
-        open_weights=open_weights,
+        open_weights=True,
         parameters=parameters,
         weight_bits=32 * parameters,
     )
@@ -56,18 +54,16 @@ def make_model(root: Path, model: Any, tokenizer: Any, *, open_weights: bool = T
 class Door:
     """A server as a client of plain HTTP sees it, with one key."""
 
-    serving: Serving
+    url: str
+    secret: str
 
     def send(self, method: str, path: str, body: Any = None, **options: Any) -> httpx.Response:
-        headers = {"authorization": f"Bearer {self.serving.secret}", **options.pop("headers", {})}
-        return httpx.request(
-            method, self.serving.url + path, json=body, headers=headers, timeout=WAIT_S, **options
-        )
+        headers = {"authorization": f"Bearer {self.secret}", **options.pop("headers", {})}
+        return httpx.request(method, self.url + path, json=body, headers=headers, timeout=WAIT_S, **options)
 
-    def start(self, path: str, body: Any, **headers: str) -> str:
+    def start(self, path: str, body: Any) -> str:
         """The job of a request."""
-        named = {k.replace("_", "-"): v for k, v in headers.items()}
-        heard = self.send("POST", path, body, headers=named)
+        heard = self.send("POST", path, body)
         assert heard.status_code in (200, 202), heard.text
         return str(heard.json()["job"])
 
@@ -80,48 +76,106 @@ class Door:
                 return heard
         raise AssertionError("the job does not end")
 
-    def ask(self, path: str, body: Any, **headers: str) -> httpx.Response:
-        return self.result(self.start(path, body, **headers))
+    def ask(self, path: str, body: Any) -> httpx.Response:
+        return self.result(self.start(path, body))
 
-    def code(self, heard: httpx.Response) -> str:
-        return str(heard.json()["error"]["refusals"][0]["code"])
+    def running(self) -> bool:
+        """Whether the engine has a request now."""
+        heard = self.send("GET", "/v1/engine")
+        return heard.status_code == 200 and heard.json()["live_requests"] > 0
+
+    def kinds(self) -> list[tuple[str, int]]:
+        """The key's entries of the log: kind and bits."""
+        return [(e["kind"], e["bits"]) for e in self.send("GET", "/v1/ledger").json()["entries"]]
+
+
+def code(heard: httpx.Response) -> str:
+    return str(heard.json()["error"]["refusals"][0]["code"])
+
+
+def until(true: Callable[[], bool], within_s: float = WAIT_S) -> None:
+    deadline_s = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < deadline_s, "it does not happen"
+        time.sleep(0.05)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A server of ours."""
+
+    serving: Serving
+    door: Door
+
+    def parts(self) -> dict[str, int]:
+        """Process ids of the three parts, by their names."""
+        found = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                parent = int(stat.read_text().rpartition(")")[2].split()[1])
+                words = (stat.parent / "cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if parent == self.serving.process.pid and "trocar.cli.app" in words:
+                found[words[words.index("trocar.cli.app") + 1]] = int(stat.parent.name)
+        return found
+
+    @property
+    def log(self) -> str:
+        return (self.serving.data / "worker.log").read_text()
 
 
 @contextmanager
-def serving(home: Path, model: Path, isolation: str, *words: str) -> Iterator[Door]:
+def serving(home: Path, model: Path, isolation: str) -> Iterator[Started]:
     """A started server on a data folder of its own."""
     home.mkdir(exist_ok=True)
-    options = ("--model", str(model), "--threads", "1", "--isolation", isolation, *words)
-    started = cli_server.start(home, *options)
+    started = cli_server.start(home, "--model", str(model), "--threads", "1", "--isolation", isolation)
     try:
-        yield Door(started)
+        yield Started(started, Door(started.url, started.secret))
     finally:
         if started.process.poll() is None:
             started.stop(signal.SIGTERM)
 
 
-def children(of: int) -> dict[str, int]:
-    """Process ids of the three parts that a server started, by their names."""
-    found = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            words = (stat.parent / "cmdline").read_bytes().decode().split("\0")
-        except OSError:
-            continue
-        if parent == of and "trocar.cli.app" in words:
-            found[words[words.index("trocar.cli.app") + 1]] = int(stat.parent.name)
-    return found
+@contextmanager
+def by_hand(home: Path, sockets: Path, model: Path, worker: Sequence[str]) -> Iterator[tuple[Door, Path]]:
+    """Three processes that nobody looks after: a worker by any command, a gate and a front; and what they print."""
+    home.mkdir(exist_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    data, said = home / "data", home / "said"
+    trocar = (sys.executable, "-m", "trocar.cli.app")
+    named = ("--model", str(model), "--data", str(data))
+    commands = [
+        (*worker, *named, "--socket", str(sockets / "w"), "--threads", "1"),
+        (*trocar, "gate", *named, "--worker", str(sockets / "w"), "--socket", str(sockets / "g")),
+        (*trocar, "front", "--gate", str(sockets / "g"), "--port", str(port)),
+    ]
+    with said.open("wb") as sink:
+        processes = [
+            subprocess.Popen(c, env=cli_server.environment(home), stdout=sink, stderr=sink, stdin=subprocess.DEVNULL)
+            for c in commands
+        ]  # fmt: skip
+    try:
+        until(lambda: (sockets / "g").exists() or any(p.poll() is not None for p in processes), COME_UP_S)
+        assert [p.poll() for p in processes] == [None] * 3, said.read_text()
+        [word] = [w for w in said.read_text().split() if w.startswith("TROCAR_API_KEY=")]
+        door = Door(f"http://127.0.0.1:{port}", word.partition("=")[2])
+        until(lambda: _answers(door), COME_UP_S)
+        yield door, said
+    finally:
+        for process in reversed(processes):
+            process.send_signal(signal.SIGTERM)
+        for process in reversed(processes):
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
-def environment(home: Path) -> dict[str, str]:
-    return {**cli_server.environment(home), "TROCAR_CACHE": os.environ["TROCAR_CACHE"]}
-
-
-def python() -> str:
-    return sys.executable
-
-
-def canonical(heard: httpx.Response) -> str:
-    """An answer without what is random in it: ids of handles."""
-    return json.dumps(heard.json(), sort_keys=True)
+def _answers(door: Door) -> bool:
+    try:
+        return door.send("GET", "/healthz").status_code == 200
+    except httpx.TransportError:
+        return False
