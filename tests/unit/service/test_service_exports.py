@@ -18,8 +18,7 @@ from trocar.gate.manifest import verify
 from trocar.grants.scope import Scope
 from trocar.graph import ops
 from trocar.graph.program import Program
-from trocar.service.exports import CHECK_BITS
-from trocar.service.worker import NumbersOrder
+from trocar.service.exports import CHECK_BITS, _numbers_of
 from trocar.wire import airlock as a
 from trocar.wire.requests import FitRequest, RunRequest
 
@@ -340,7 +339,7 @@ def test_a_workers_words_do_not_leave(house: Any, probe: str, monkeypatch: pytes
 def test_a_worker_gives_what_the_gate_declares(house: Any, probe: str) -> None:
     gate, worker = house.service.gate, house.service._models["shut"].worker
     for handle in (probe, captured(house, "ada", "resid_post.*".replace("*", "1"), "z.3", at="prompt[*]")):
-        order = NumbersOrder.of(gate.handles.find("lab", handle))
+        order = _numbers_of(gate.handles.find("lab", handle))
         arrays = worker.numbers(order)
         schema.require(arrays, order.fields)
         assert all(np.abs(array).max() > 0 for array in arrays.values())
