@@ -277,7 +277,7 @@ def test_what_checks_count_in_numbers_is_for_reviewers(house: Any, monkeypatch: 
     handle = captured(house, "ada", "resid_post.3", "mlp_out.2")
     worker = house.service._models["shut"].worker
 
-    def chosen(self: Any, order: NumbersOrder) -> Any:
+    def chosen(self: Any, order: Any) -> Any:
         return {f.name: np.eye(*f.shape, dtype=np.float32) for f in order.fields}
 
     monkeypatch.setattr(type(worker), "numbers", chosen)
@@ -299,7 +299,7 @@ def test_numbers_that_are_not_finite_are_told_in_one_bit(house: Any, monkeypatch
     handle = captured(house, "ada", "resid_post.2", "resid_post.3")
     worker = house.service._models["shut"].worker
 
-    def broken(self: Any, order: NumbersOrder) -> Any:
+    def broken(self: Any, order: Any) -> Any:
         return {f.name: np.full(f.shape, np.nan, np.float32) for f in order.fields}
 
     monkeypatch.setattr(type(worker), "numbers", broken)
