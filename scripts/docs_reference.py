@@ -380,12 +380,13 @@ def texts(page: Path) -> dict[str, str]:
             "budgets": budget_table(),
             "policy": policy_table(),
         }
-    if page.name == "sites.md":
-        return {"sites": sites_table()}
-    if page.name == "tour.md":
-        return {"tour": tour_table(), "forward": forward_table()}
-    if page.name == "api.md":
-        return {"routes": routes_table()}
+    made = {
+        "sites.md": lambda: {"sites": sites_table()},
+        "tour.md": lambda: {"tour": tour_table(), "forward": forward_table()},
+        "api.md": lambda: {"routes": routes_table()},
+    }
+    if page.name in made:
+        return made[page.name]()
     return {"codes": codes_table()} if page.parent.name == "errors" else {}
 
 

@@ -25,6 +25,11 @@ PLANTED = {
     "store-door": ("api/app.py", "from trocar.store import Store"),
     "analysis-door": ("engine/executor.py", "from trocar import analysis"),
     "models-door": ("api/app.py", "from trocar.models import catalog"),
+    "host-door": ("service/service.py", "from trocar.host import streams"),
+    "three-processes": ("host/gate/line.py", "from trocar.host.worker import cell"),
+    "front-process": ("host/front/front.py", "from trocar.gate import ledger"),
+    "gate-process": ("host/gate/house.py", "from trocar.models import load"),
+    "worker-process": ("host/worker/bench.py", "from trocar.gate import ledger"),
     "api-door": ("service/service.py", "from trocar.api import app"),
 }
 

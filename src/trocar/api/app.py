@@ -23,12 +23,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trocar import __version__, errors, strict
 from trocar.api import openapi
+from trocar.api.verbs import Verbs
 from trocar.gate import release
-from trocar.gate.keys import Principal
 from trocar.gate.release import Released
 from trocar.graph.spec import SPEC, field_names
 from trocar.graph.sweep import Axis
-from trocar.service.service import Service
 from trocar.strict import Strict
 from trocar.wire import airlock as a
 from trocar.wire import requests as q
@@ -46,10 +45,10 @@ OPTIONS: Final = {
         *q.FitRequest.model_fields,
         *q.SessionRequest.model_fields,
         *Axis.model_fields,
-        *ScopeWords.model_fields,
         *a.ExportRequest.model_fields,
         *a.RaiseRequest.model_fields,
         *a.StepRequest.model_fields,
+        *ScopeWords.model_fields,
     ),
 }
 JSON: Final = release.JSON
@@ -113,21 +112,21 @@ def _decode(body: bytes, kind: str, model: type[M]) -> tuple[M, dict[str, Any]]:
     return strict.parse(model, body, options=OPTIONS), {}
 
 
-def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
+def _service(request: Request) -> Verbs:
+    service: Verbs = request.app.state.service
     return service
 
 
 def _principal(
     request: Request, authorization: Annotated[str | None, Header(include_in_schema=False)] = None
-) -> Principal:
+) -> Any:
     scheme, _, secret = (authorization or "").partition(" ")
     caller = _service(request).authenticate(secret.strip() if scheme.lower() == "bearer" else None)
     request.state.caller = caller
     return caller
 
 
-Caller = Annotated[Principal, Depends(_principal)]
+Caller = Annotated[Any, Depends(_principal)]
 Idempotency = Annotated[str | None, Header(alias="idempotency-key")]
 router = APIRouter(prefix="/v1")
 
@@ -306,7 +305,7 @@ class RequestId:
         await self._app(scope, receive, send)
 
 
-def create_app(service: Service) -> FastAPI:
+def create_app(service: Verbs) -> FastAPI:
     """Builds the application around a service."""
     app = FastAPI(
         title="Trocar",

@@ -28,13 +28,13 @@ frame of JSON and safetensors (`application/vnd.trocar.frame`) when a request ca
 has a code, a JSON path, a reason and a next step. Authenticate with `Authorization: Bearer trk_...`."""
 _REF: Final = "#/components/schemas/{model}"
 _REQUESTS: Final[tuple[type[BaseModel], ...]] = (
-    q.RunRequest, q.SessionRequest, q.FitRequest, q.TokenizeRequest, TokenRequest,
-    airlock.ExportRequest, airlock.RaiseRequest, airlock.StepRequest,
+    q.RunRequest, q.SessionRequest, q.FitRequest, q.TokenizeRequest, airlock.ExportRequest, airlock.RaiseRequest,
+    airlock.StepRequest, TokenRequest,
 )  # fmt: skip
 _RESULTS: Final[tuple[type[BaseModel], ...]] = (
     r.PlanView, r.JobView, r.RunResult, r.SessionResult, r.HandlesView, about.ModelsView,
-    about.CapabilitiesView, r.LedgerView, r.TokensView, about.EngineView,
-    airlock.TicketView, airlock.TicketsView, TokenView,
+    about.CapabilitiesView, r.LedgerView, r.TokensView, about.EngineView, TokenView,
+    airlock.TicketView, airlock.TicketsView,
 )  # fmt: skip
 
 

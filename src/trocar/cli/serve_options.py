@@ -17,6 +17,13 @@ class LogLevel(StrEnum):
     info = "info"
 
 
+class Isolation(StrEnum):
+    """Whether models run in the server's own process, or in one that can say nothing but what was declared."""
+
+    process = "process"
+    host = "host"
+
+
 Models = Annotated[list[str], typer.Option(metavar="NAME", help="Model to serve; repeat it for several.")]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")]
@@ -31,6 +38,9 @@ KvGib = Annotated[
     float | None, typer.Option(min=0.01, help="Memory for keys and values of each model, in GiB (2).")
 ]
 TenantGib = Annotated[float, typer.Option(min=0.001, help="What one tenant may keep in the store, in GiB.")]
+Isolated = Annotated[
+    Isolation, typer.Option(help="One process; or three: HTTP, the gate with the books, the models.")
+]
 Level = Annotated[LogLevel, typer.Option(help="What goes to stderr.")]
 SaveKey = Annotated[bool, typer.Option("--save-key", help="Write address and key to the SDK's config file.")]
 ReadyFile = Annotated[Path | None, typer.Option(help="Write {url, pid} there when the server answers.")]

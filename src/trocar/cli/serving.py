@@ -1,4 +1,4 @@
-"""One HTTP server around an assembled service: limits, the moment it is ready, and a stop within `GRACE_S`.
+"""One HTTP server around an application: limits, the moment it is ready, and a stop within `GRACE_S`.
 
 At SIGTERM or SIGINT the engines stop first, which ends every request that waits for them; then uvicorn
 drains, then store and ledger close. When a batch or a fit takes longer than the grace, the process ends
@@ -7,23 +7,24 @@ without it: the ledger charges what it held at the next start, and the store dro
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 from typing import Final
 
 import uvicorn
 from anyio import to_thread
+from starlette.types import ASGIApp
 
-from trocar import errors
-from trocar.api.app import create_app
 from trocar.cli.address import Address
 from trocar.cli.connections import Connection
-from trocar.service.compose import Assembly, spare_collector
+from trocar.cli.reload import reread
 
 GRACE_S: Final = 4.5
 DRAIN_S: Final = 2
@@ -33,26 +34,37 @@ HEADER_BYTES: Final = 32 << 10
 LATE: Final = "stopped before the running batch or fit ended: the next start charges what it held"
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What is behind the addresses.
+
+    Attributes:
+        halt: makes what waits for it fail now.
+        close: ends it.
+        reload: takes the policy as it is now.
+        settle: what the process does once before it serves.
+    """
+
+    app: ASGIApp
+    halt: Callable[[], None]
+    close: Callable[[], None]
+    reload: Callable[[], None]
+    settle: Callable[[], None] = gc.freeze
+
+
 class HttpServer(uvicorn.Server):
     """uvicorn, with our beginning and our end."""
 
-    def __init__(
-        self,
-        assembly: Assembly,
-        log_level: str,
-        on_ready: Callable[[], None],
-        reload: Callable[[], None],
-    ) -> None:
-        super().__init__(_config(assembly, log_level))
-        self._assembly = assembly
+    def __init__(self, served: Served, log_level: str, on_ready: Callable[[], None]) -> None:
+        super().__init__(_config(served, log_level))
+        self._served = served
         self._on_ready = on_ready
-        self._reload = reload
         self._stopping = threading.Event()
         self._closed = threading.Event()
 
     def serve_until_stopped(self, address: Address) -> None:
         """Serves until SIGTERM or SIGINT, then closes everything. Call it on the main thread."""
-        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=self._reread, daemon=True).start())
+        signal.signal(signal.SIGHUP, lambda *_: reread(self._served.reload))
         try:
             self.run(sockets=[address.socket])
         except KeyboardInterrupt:
@@ -60,18 +72,18 @@ class HttpServer(uvicorn.Server):
         finally:
             for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(each, signal.SIG_IGN)
-            self._assembly.service.close()
+            self._served.close()
             self._closed.set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        spare_collector()
+        self._served.settle()
         # a request that waits for its job keeps a thread; with the default of 40, 40 of them stop everybody
         to_thread.current_default_thread_limiter().total_tokens = CONNECTIONS
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        threading.Thread(target=self._assembly.halt, name="trocar-halt", daemon=True).start()
+        threading.Thread(target=self._served.halt, name="trocar-halt", daemon=True).start()
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -79,14 +91,6 @@ class HttpServer(uvicorn.Server):
             self._stopping.set()
             threading.Thread(target=self._watch, name="trocar-grace", daemon=True).start()
         super().handle_exit(sig, frame)
-
-    def _reread(self) -> None:
-        """Takes the policy file as it is now; one that cannot be used, or was not approved, changes nothing."""
-        try:
-            self._reload()
-            print("policy read again", flush=True)
-        except errors.TrocarError as e:
-            print(f"the policy stays as it was: {e}", file=sys.stderr, flush=True)
 
     def _watch(self) -> None:
         """Ends the process when the grace is over; threads that nobody can interrupt would keep it."""
@@ -96,9 +100,9 @@ class HttpServer(uvicorn.Server):
             os._exit(1)
 
 
-def _config(assembly: Assembly, log_level: str) -> uvicorn.Config:
+def _config(served: Served, log_level: str) -> uvicorn.Config:
     return uvicorn.Config(
-        create_app(assembly.service),
+        served.app,
         loop="asyncio",
         http=Connection,
         ws="none",

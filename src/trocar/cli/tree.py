@@ -16,8 +16,11 @@ from trocar import __version__, errors
 from trocar.cli import airlock, attack, audit, key, ledger, model, policy
 from trocar.cli.demonstrate import demo
 from trocar.cli.doctor import doctor
+from trocar.cli.front import front
+from trocar.cli.gate import gate
 from trocar.cli.ops import ops
 from trocar.cli.serve import serve
+from trocar.cli.worker import worker
 
 
 class Group(TyperGroup):
@@ -41,6 +44,8 @@ def command() -> Any:
     root = _app("Interpretability on language models you may never download.")
     root.callback()(_root)
     root.command()(serve)
+    for part in (front, gate, worker):
+        root.command()(part)
     root.command()(demo)
     _noun(root, "model", "Models on this machine.", model.pull, model.list_, model.show_)
     _noun(

@@ -49,9 +49,11 @@ class Kind(StrEnum):
     frozen = "frozen"
     thawed = "thawed"
     anchored = "anchored"
+    facts_pinned = "facts_pinned"
+    worker_alert = "worker_alert"
 
 
-NOTES: Final = (Kind.policy_changed, Kind.airlock)
+NOTES: Final = (Kind.policy_changed, Kind.airlock, Kind.facts_pinned, Kind.worker_alert)
 """Kinds that others than the ledger write; they move no bits and no table."""
 
 
@@ -214,10 +216,12 @@ def entries(
     key_id: str = "",
     lineage: str = "",
     request_id: str = "",
+    kind: str = "",
 ) -> tuple[Entry, ...]:
     """Entries after `after_seq`, oldest first; an empty word means any."""
     query = select(LOG).where(LOG.c.seq > after_seq).order_by(LOG.c.seq).limit(limit)
-    for column, word in ((LOG.c.key_id, key_id), (LOG.c.lineage, lineage), (LOG.c.request_id, request_id)):
+    chosen = {LOG.c.key_id: key_id, LOG.c.lineage: lineage, LOG.c.request_id: request_id, LOG.c.kind: kind}
+    for column, word in chosen.items():
         if word:
             query = query.where(column == word)
     return tuple(Entry(**row) for row in connection.execute(query).mappings())

@@ -295,6 +295,7 @@ class Ledger:
         key_id: str = "",
         lineage: str = "",
         request_id: str = "",
+        kind: str = "",
     ) -> tuple[Entry, ...]:
         """At most `limit` entries of the log after `after_seq`, oldest first; empty words mean any."""
         with self._database.read() as connection:
@@ -305,6 +306,7 @@ class Ledger:
                 key_id=key_id,
                 lineage=lineage,
                 request_id=request_id,
+                kind=kind,
             )
 
     def latest(self, key_id: str, limit: int) -> tuple[Entry, ...]:

@@ -14,7 +14,6 @@ from typing import Any, Final
 import numpy as np
 
 from trocar import errors
-from trocar.gate.airlock import Export
 from trocar.gate.answers import Answer, Raw, Reader, Tongue
 from trocar.gate.coding import Coder
 from trocar.graph.cost import Cost, Prices
@@ -248,16 +247,20 @@ def replay(payload: bytes, charge: r.Charge) -> Released:
     return Released(_SEAL, payload, 200, charge)
 
 
-def exported(export: Export) -> Released:
+def exported(payload: bytes, charge: r.Charge) -> Released:
     """A file of the airlock, which charged it before it gave it."""
-    charge = r.Charge(
-        bits=export.bits,
-        seq=export.seq,
-        head=export.head,
-        left_bits=export.left_bits,
-        replayed=export.replayed,
-    )
-    return Released(_SEAL, export.payload, 200, charge, media_type=FILE)
+    return Released(_SEAL, payload, 200, charge, media_type=FILE)
+
+
+def forwarded(
+    payload: bytes,
+    status: int,
+    charge: r.Charge | None = None,
+    retry_after_s: int | None = None,
+    media_type: str = JSON,
+) -> Released:
+    """What a gate in another process made, in the process that speaks HTTP for it: nothing is added there."""
+    return Released(_SEAL, payload, status, charge, retry_after_s, media_type)
 
 
 def _encode(model: Strict, absent: dict[str, Any] | None = None) -> bytes:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -168,6 +169,23 @@ class TextCodec:
                 reason = f"it contains {found!r}, which is a special token of this model and not text"
                 step = "Remove it, or put a space inside it: only the template may write special tokens."
                 raise errors.refuse("bad_value", f"{path}.{name}", reason, next_step=step)
+
+
+def codec_at(home: Path) -> TextCodec:
+    """The codec of a model directory, whose weights are not touched.
+
+    Raises:
+        RunFailed: `model_unsupported`.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(home), local_files_only=True)
+    except (OSError, ValueError) as e:
+        raise errors.refuse(
+            "model_unsupported", "model", f"its tokenizer does not load: {str(e)[:300]}"
+        ) from e
+    return TextCodec(tokenizer)
 
 
 def _ascending(offsets: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:

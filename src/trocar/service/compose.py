@@ -7,14 +7,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from trocar.engine.hf.engine import HFEngine, Limits
 from trocar.engine.protocol import Engine
 from trocar.gate.gate import Gate
-from trocar.models.load import Loaded, load
+from trocar.models.load import Loaded
+from trocar.service.engines import open_engines
 from trocar.service.local import local
 from trocar.service.service import Service
 from trocar.service.worker import Model
@@ -65,15 +65,8 @@ def assemble(
         NotFound, RunFailed: as `models.load`.
         PolicyRefusal: `limit_changed` when the ledger knows a model's lineage with other numbers.
     """
-    usual = Limits()
-    limits = replace(usual, step_tokens=step_tokens or usual.step_tokens, kv_bytes=kv_bytes or usual.kv_bytes)
     with ExitStack() as undo:
-        engines = []
-        for ref in refs:
-            loaded = load(ref, threads=threads)
-            engine = HFEngine(loaded, limits)
-            undo.callback(engine.close)
-            engines.append((loaded, engine))
+        engines = open_engines(refs, undo, threads=threads, step_tokens=step_tokens, kv_bytes=kv_bytes)
         opened = Store(store, quota_bytes=tenant_bytes)
         undo.callback(opened.close)
         service = local_service(engines, opened, gate)

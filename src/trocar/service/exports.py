@@ -36,6 +36,7 @@ from trocar.service.prepare import digest
 from trocar.service.worker import Model, NumbersOrder
 from trocar.sites import parse
 from trocar.wire import airlock as a
+from trocar.wire import results as r
 
 CHECK_BITS: Final = 64
 """Of each part: whatever the checks say of its numbers takes less."""
@@ -75,7 +76,7 @@ class Exports:
             Overloaded: `queue_full`.
         """
         of = self._gate.handles.find(principal.tenant, request.handle)
-        model, order = self._model_of(of), NumbersOrder.of(of)
+        model, order = self._model_of(of), _numbers_of(of)
         lineage = self._gate.lineage(model.facts)
         self._gate.airlock.author(principal, lineage, request.reason, request.controls)
         price_bits = self._gate.airlock.price_bits(principal, lineage, map(_shape, order.fields))
@@ -217,7 +218,14 @@ class Exports:
         export = self._gate.airlock.release(principal, ticket)
         if export.replayed:
             export = replace(export, left_bits=self._gate.left_bits(principal, request.lineage))
-        return release.exported(export)
+        charge = r.Charge(
+            bits=export.bits,
+            seq=export.seq,
+            head=export.head,
+            left_bits=export.left_bits,
+            replayed=export.replayed,
+        )
+        return release.exported(export.payload, charge)
 
     def _seen(self, principal: Principal, ticket: str) -> a.TicketView:
         review = self._gate.airlock.show(principal, ticket)
@@ -301,3 +309,15 @@ def _made(of: Handle, order: NumbersOrder) -> tuple[Origin, Label]:
     if order.rows:
         return Origin.read, Label.ACT
     return (Origin.activation_fit, Label.WEIGHT) if of.own_targets else (Origin.fit, Label.ACT)
+
+
+def _numbers_of(handle: Handle) -> NumbersOrder:
+    """All numbers of a handle, in the shapes that the gate knows."""
+    rows = handle.kind == ACTIVATIONS
+    lead = (handle.rows,) if rows else ()
+    fields = tuple(
+        Field(f"{site}/{name}", "<f4", (*lead, *shape))
+        for site, arrays in handle.shapes.items()
+        for name, shape in arrays.items()
+    )
+    return NumbersOrder(handle.tenant, handle.id, rows, fields)

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from trocar import errors
-from trocar.gate.handles import Handles
 from trocar.graph import ops, sweep
 from trocar.graph.canonical import canonical_sites
 from trocar.graph.cost import Cost, Prices
@@ -36,6 +35,19 @@ class Public(Protocol):
     def text(self) -> TextCodec: ...
 
 
+class Known(Protocol):
+    """Facts of one handle."""
+
+    def facts(self) -> HandleFacts: ...
+
+
+class Shelf(Protocol):
+    """Where a tenant's handles are looked up."""
+
+    def find(self, tenant: str, handle: str) -> Known:
+        """Raises `handle_not_found`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A checked request with its tokens and a digest of everything that determines its result.
@@ -44,6 +56,8 @@ class Prepared:
         program: as it was sent, with canonical names of sites.
         variants: what runs: every variant of a sweep, or the program alone.
         fork: layers that all variants compute alike; 0 for one program.
+        known: facts of the handles that the program names, by which it was checked.
+        prices: by which it was checked.
     """
 
     request: RunRequest
@@ -53,6 +67,8 @@ class Prepared:
     vectors: Vectors
     digest: str
     fork: int
+    known: Mapping[str, HandleFacts]
+    prices: Prices
 
     @property
     def cost(self) -> Cost:
@@ -69,7 +85,7 @@ def prepare(
     request: RunRequest,
     vectors: Vectors,
     model: Public,
-    handles: Handles,
+    handles: Shelf,
     tenant: str,
     prices: Prices,
     promised: Mapping[str, HandleFacts] | None = None,
@@ -84,21 +100,29 @@ def prepare(
     """
     marked = _marked(request, model)
     tokens = tuple(tokens for tokens, _ in marked)
+    known = {**_handles(request.program, handles, tenant), **(promised or {})}
     scope = Scope(
         model=model.facts,
         lengths=tuple(len(t) for t in tokens),
         generation=request.generation,
         tensors={name: tuple(v.shape) for name, v in vectors.items()},
-        handles={**_handles(request.program, handles, tenant), **(promised or {})},
+        handles=known,
         encode=model.text.tokenize,
         marks=tuple(marks for _, marks in marked),
     )
     variants = sweep.variants(request.program, request.sweep, scope, prices)
     program = canonical_sites(request.program, model.facts)
     fork = sweep.fork_layer([v.checked.program for v in variants], model.facts.n_layers)
-    alone = len(variants) == 1
     return Prepared(
-        request, program, variants, tokens, vectors, digest(request, vectors), 0 if alone else fork
+        request=request,
+        program=program,
+        variants=variants,
+        tokens=tokens,
+        vectors=vectors,
+        digest=digest(request, vectors),
+        fork=0 if len(variants) == 1 else fork,
+        known=known,
+        prices=prices,
     )
 
 
@@ -149,7 +173,7 @@ def named_handles(program: Program) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _handles(program: Program, handles: Handles, tenant: str) -> dict[str, HandleFacts]:
+def _handles(program: Program, handles: Shelf, tenant: str) -> dict[str, HandleFacts]:
     """Facts of the handles that exist and belong to the tenant; the checker refuses the others."""
     found = {}
     for handle in named_handles(program):

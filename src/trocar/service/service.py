@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, get_args
+from typing import Final, Literal, Protocol, get_args
 
 from trocar import __version__, errors
 from trocar.gate import release
@@ -72,13 +72,22 @@ class Service:
         models: served models.
         gate: keys, ledger, release.
         rooms: what is closed, in this order, when the service closes.
+        isolation: whether models run in this process, or in one that has only its frames to speak with.
 
     Attributes:
         exports: the use cases of the airlock.
     """
 
-    def __init__(self, models: Sequence[Model], gate: Gate, rooms: Sequence[Room] = ()) -> None:
+    def __init__(
+        self,
+        models: Sequence[Model],
+        gate: Gate,
+        rooms: Sequence[Room] = (),
+        *,
+        isolation: Literal["process", "host"] = "process",
+    ) -> None:
         self.gate = gate
+        self._isolation = isolation
         self._models: Mapping[str, Model] = {m.facts.name: m for m in models}
         self.exports = Exports(gate, self._models)
         self._rooms = rooms
@@ -134,7 +143,7 @@ class Service:
         return release.public(
             about.CapabilitiesView(
                 version=__version__,
-                isolation="process",
+                isolation=self._isolation,
                 engines={name: m.engine for name, m in self._models.items()},
                 ops=ops,
                 fits=get_args(q.FitKind),

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from trocar.engine.protocol import EngineStats
-from trocar.gate.handles import ACTIVATIONS, Handle
 from trocar.gate.schema import Arrays, Field
 from trocar.graph.facts import ModelFacts
 from trocar.models.text import TextCodec
@@ -80,18 +79,6 @@ class NumbersOrder:
     handle: str
     rows: bool
     fields: tuple[Field, ...]
-
-    @classmethod
-    def of(cls, handle: Handle) -> NumbersOrder:
-        """All numbers of a handle, in the shapes that the gate knows."""
-        rows = handle.kind == ACTIVATIONS
-        lead = (handle.rows,) if rows else ()
-        fields = tuple(
-            Field(f"{site}/{name}", "<f4", (*lead, *shape))
-            for site, arrays in handle.shapes.items()
-            for name, shape in arrays.items()
-        )
-        return cls(handle.tenant, handle.id, rows, fields)
 
 
 class Worker(Protocol):

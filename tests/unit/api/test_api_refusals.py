@@ -179,9 +179,9 @@ PRIVATE = [
     ("GET", "/v1/jobs/job_x"), ("GET", "/v1/jobs/job_x/result"), ("DELETE", "/v1/jobs/job_x"),
     ("GET", "/v1/handles"), ("GET", "/v1/handles/act_x"), ("DELETE", "/v1/handles/act_x"),
     ("GET", "/v1/ledger"), ("GET", "/v1/engine"), ("POST", "/v1/sessions"),
-    ("POST", "/v1/tokens"),
     ("POST", "/v1/airlock/exports"), ("POST", "/v1/airlock/raises"), ("GET", "/v1/airlock"),
     ("GET", "/v1/airlock/tick_x"), ("GET", "/v1/airlock/tick_x/file"), ("POST", "/v1/airlock/tick_x/approve"),
+    ("POST", "/v1/tokens"),
 ]  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from trocar.cli import address, saved, serve
+from trocar.cli import access, address, saved
 from trocar.client.settings import Settings, config_path
 from trocar.errors import TrocarError
 from trocar.gate.gate import Gate
@@ -145,7 +145,7 @@ def gate(home: Path) -> Iterator[Gate]:
 
 
 def test_the_first_start_makes_one_operator_key_and_the_second_none(gate: Gate) -> None:
-    first = serve._access(gate, URL, None, save_key=False)
+    first = access.access(gate, URL, None, save_key=False)
     [record] = gate.keys.list()
     assert (record.principal.tenant, record.principal.role, record.principal.tier) == (
         "local",
@@ -155,17 +155,17 @@ def test_the_first_start_makes_one_operator_key_and_the_second_none(gate: Gate) 
     secret = first.lines[0].partition("TROCAR_API_KEY=")[2]
     assert gate.keys.authenticate(secret) == record.principal
     assert (first.sdk_knows, config_path().exists()) == (False, False)  # a pipe: nothing is written
-    second = serve._access(gate, URL, None, save_key=False)
+    second = access.access(gate, URL, None, save_key=False)
     assert len(gate.keys.list()) == 1
     assert "trk_" not in "".join(second.lines)
 
 
 def test_save_key_saves_and_a_restart_on_another_port_finds_its_own_key(gate: Gate) -> None:
-    assert serve._saved_secret(gate) is None
-    assert serve._access(gate, OTHER, None, save_key=True).sdk_knows
-    again = serve._saved_secret(gate)
+    assert access.saved_secret(gate) is None
+    assert access.access(gate, OTHER, None, save_key=True).sdk_knows
+    again = access.saved_secret(gate)
     assert again is not None
-    assert serve._access(gate, URL, again, save_key=True).sdk_knows
+    assert access.access(gate, URL, again, save_key=True).sdk_knows
     assert saved.read() == {"url": URL, "api_key": again}
     assert len(gate.keys.list()) == 1
 
@@ -174,5 +174,5 @@ def test_save_key_without_a_key_to_save_is_refused(gate: Gate) -> None:
     gate.keys.create("alice", Tier.external, Role.researcher)
     saved.save(URL, "trk_of_another_ledger", replace=False)
     with pytest.raises(TrocarError) as caught:
-        serve._saved_secret(gate)
+        access.saved_secret(gate)
     assert caught.value.path == "save-key"

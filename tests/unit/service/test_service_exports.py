@@ -18,8 +18,7 @@ from trocar.gate.manifest import verify
 from trocar.grants.scope import Scope
 from trocar.graph import ops
 from trocar.graph.program import Program
-from trocar.service.exports import CHECK_BITS
-from trocar.service.worker import NumbersOrder
+from trocar.service.exports import CHECK_BITS, _numbers_of
 from trocar.wire import airlock as a
 from trocar.wire.requests import FitRequest, RunRequest
 
@@ -278,7 +277,7 @@ def test_what_checks_count_in_numbers_is_for_reviewers(house: Any, monkeypatch: 
     handle = captured(house, "ada", "resid_post.3", "mlp_out.2")
     worker = house.service._models["shut"].worker
 
-    def chosen(self: Any, order: NumbersOrder) -> Any:
+    def chosen(self: Any, order: Any) -> Any:
         return {f.name: np.eye(*f.shape, dtype=np.float32) for f in order.fields}
 
     monkeypatch.setattr(type(worker), "numbers", chosen)
@@ -300,7 +299,7 @@ def test_numbers_that_are_not_finite_are_told_in_one_bit(house: Any, monkeypatch
     handle = captured(house, "ada", "resid_post.2", "resid_post.3")
     worker = house.service._models["shut"].worker
 
-    def broken(self: Any, order: NumbersOrder) -> Any:
+    def broken(self: Any, order: Any) -> Any:
         return {f.name: np.full(f.shape, np.nan, np.float32) for f in order.fields}
 
     monkeypatch.setattr(type(worker), "numbers", broken)
@@ -340,7 +339,7 @@ def test_a_workers_words_do_not_leave(house: Any, probe: str, monkeypatch: pytes
 def test_a_worker_gives_what_the_gate_declares(house: Any, probe: str) -> None:
     gate, worker = house.service.gate, house.service._models["shut"].worker
     for handle in (probe, captured(house, "ada", "resid_post.*".replace("*", "1"), "z.3", at="prompt[*]")):
-        order = NumbersOrder.of(gate.handles.find("lab", handle))
+        order = _numbers_of(gate.handles.find("lab", handle))
         arrays = worker.numbers(order)
         schema.require(arrays, order.fields)
         assert all(np.abs(array).max() > 0 for array in arrays.values())

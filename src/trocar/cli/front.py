@@ -1,0 +1,39 @@
+"""`trocar front`: the process of three that speaks HTTP. `trocar serve --isolation host` starts it."""
+
+from __future__ import annotations
+
+import signal
+import socket as sockets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trocar.cli.child import ReadyOption, say_ready, watch_parent
+from trocar.cli.logs import log_to_stderr
+from trocar.cli.serve_options import Host, Level, LogLevel, Port
+
+
+def front(
+    gate: Annotated[Path, typer.Option(help="Path of the unix socket of the gate.")],
+    host: Host = "127.0.0.1",
+    port: Port = 8765,
+    listen_fd: Annotated[int, typer.Option(hidden=True, help="A socket that listens already.")] = -1,
+    log_level: Level = LogLevel.warning,
+    ready_fd: ReadyOption = -1,
+) -> None:
+    """Answer HTTP for a gate; part of `trocar serve --isolation host`."""
+    from trocar.api.app import create_app
+    from trocar.cli.address import Address, bind
+    from trocar.cli.serving import HttpServer, Served
+    from trocar.host.front.front import Front
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    watch_parent(ready_fd)
+    log_to_stderr(log_level)
+    found = bind(host, port) if listen_fd < 0 else Address(sockets.socket(fileno=listen_fd), "")
+    caller = Front(gate)
+    nothing: Callable[[], None] = lambda: None  # noqa: E731 - a front has no engine and no policy
+    served = Served(create_app(caller), nothing, caller.close, nothing)
+    HttpServer(served, log_level, lambda: say_ready(ready_fd)).serve_until_stopped(found)

@@ -1,0 +1,68 @@
+"""`trocar gate`: the process with the keys and the books of a server in three parts. `trocar serve --isolation host`
+starts it.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from trocar.cli.audit import AnchorsOption
+from trocar.cli.child import ReadyOption, say_ready, watch_parent
+from trocar.cli.folder import DataOption, Folder
+from trocar.cli.logs import log_to_stderr
+from trocar.cli.serve_options import Level, LogLevel, PolicyFile, SaveKey
+
+LOAD_S: Final = 600.0
+DRAIN_S: Final = 1.0
+
+
+def gate(
+    model: Annotated[list[str], typer.Option(metavar="NAME", help="Model that the worker runs; repeat it.")],
+    worker: Annotated[Path, typer.Option(help="Path of the unix socket of the worker.")],
+    socket: Annotated[Path, typer.Option(help="Path of the unix socket to listen on.")],
+    url: Annotated[str, typer.Option(help="Where the front answers, for what is printed.")] = "",
+    data: DataOption = None,
+    policy: PolicyFile = None,
+    anchors: AnchorsOption = None,
+    log_level: Level = LogLevel.warning,
+    save_key: SaveKey = False,
+    ready_fd: ReadyOption = -1,
+) -> None:
+    """Check, charge and release for fronts; part of `trocar serve --isolation host`."""
+    from trocar.cli.access import Rulebook, access, open_gate, print_access, saved_secret
+    from trocar.cli.reload import reread
+
+    stop = threading.Event()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda *_: stop.set())
+    watch_parent(ready_fd)
+    log_to_stderr(log_level)
+    folder = Folder.at(data)
+    folder.make()
+    from trocar.host.gate.desk import Desk
+    from trocar.host.gate.house import assemble
+    from trocar.host.streams import listen
+
+    with ExitStack() as stack:
+        rules = Rulebook(policy or folder.policy, named=policy is not None)
+        opened = open_gate(folder, rules, anchors or folder.anchors, stack)
+        secret = saved_secret(opened) if save_key else None
+        service = assemble(model, folder.root, worker, opened, within_s=LOAD_S)
+        stack.callback(service.close)
+        for facts in service.facts.values():
+            print(f"model {facts.name}: {len(facts.sites)} sites, facts pinned")
+        print_access(access(opened, url, secret, save_key), url, next(iter(service.facts)))
+        desk = Desk(service, listen(socket, 128))
+        stack.callback(desk.close)
+        threading.Thread(target=desk.serve, name="trocar-accept", daemon=True).start()
+        signal.signal(signal.SIGHUP, lambda *_: reread(lambda: opened.change_policy(rules.read())))
+        say_ready(ready_fd)
+        stop.wait()
+        service.halt()  # what waits for a result hears of it while the front still can tell
+        threading.Event().wait(DRAIN_S)

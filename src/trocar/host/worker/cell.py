@@ -1,0 +1,50 @@
+"""What the worker's process gives up before it touches a model: the network, core dumps, new privileges, its voice.
+
+The network goes by a namespace of its own, in which there is no interface; that needs a right which not every
+installation gives, so the process says whether it worked. Sockets with a path in the file system still reach it.
+The rest (another user, a read-only file system, limits of memory) is for whoever starts the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Final
+
+_NEW_USER: Final = 0x10000000
+_NEW_NET: Final = 0x40000000
+_SET_DUMPABLE: Final = 4
+_SET_NO_NEW_PRIVS: Final = 38
+_MOST_LOG_BYTES: Final = 16 << 20
+
+
+def close_network() -> bool:
+    """Leaves the machine's network for an empty one; False where that is not allowed. Call it before any thread."""
+    if sys.platform != "linux":
+        return False
+    unshare = ctypes.CDLL(None, use_errno=True).unshare
+    return bool(unshare(_NEW_NET) == 0 or unshare(_NEW_USER | _NEW_NET) == 0)
+
+
+def keep_inside() -> None:
+    """No core dumps, no memory for other processes of the user to read, no privileges from programs."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        prctl = ctypes.CDLL(None, use_errno=True).prctl
+        prctl(_SET_DUMPABLE, 0, 0, 0, 0)
+        prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def speak_into(log: Path) -> None:
+    """Sends whatever this process prints, in any language, to a file that only its user reads."""
+    if log.is_file() and log.stat().st_size > _MOST_LOG_BYTES:
+        log.replace(log.with_name(f"{log.name}.old"))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    for stream in (1, 2):
+        os.dup2(opened, stream)
+    os.close(opened)
