@@ -173,8 +173,12 @@ class Front:
                 return self._answer(kept)
         try:
             stream = Stream(connect(self._path), frames.at_most(answer=calls.MOST_ANSWER_BYTES))
+        except OSError:
+            raise _away() from None
+        try:
             stream.put(Head(Kind.call, 0, len(body)), body)
-        except (OSError, Lost):
+        except Lost:
+            stream.close()
             raise _away() from None
         return self._answer(stream)
 
