@@ -331,7 +331,13 @@ def budget_table() -> str:
         ("raw rows of width 4,096 at 8 bits, through the airlock", LARGE.d_model * 8 + 16),
     )
     rows = [
-        "| one of these | bits | 8B (" + _bytes(8) + ") | 70B (" + _bytes(70) + ") | 405B (" + _bytes(405) + ") |",
+        "| one of these | bits | 8B ("
+        + _bytes(8)
+        + ") | 70B ("
+        + _bytes(70)
+        + ") | 405B ("
+        + _bytes(405)
+        + ") |",
         "|---|---|---|---|---|",
     ]
     for name, bits in bought:
@@ -351,11 +357,10 @@ def _bytes(billions: int) -> str:
 
 def policy_table() -> str:
     """Every setting of the default policy with its meaning."""
-    meanings = policy_file.meanings()
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for path, value in policy_file.settings(Policy()):
         if not path.startswith("people.tiers."):
-            rows.append(f"| `{path}` | {value} | {meanings.get(path, '')} |")
+            rows.append(f"| `{path}` | {value} | {policy_file.meaning(path)} |")
     return "\n".join(rows) + "\n"
 
 
@@ -375,12 +380,13 @@ def texts(page: Path) -> dict[str, str]:
             "budgets": budget_table(),
             "policy": policy_table(),
         }
-    if page.name == "sites.md":
-        return {"sites": sites_table()}
-    if page.name == "tour.md":
-        return {"tour": tour_table(), "forward": forward_table()}
-    if page.name == "api.md":
-        return {"routes": routes_table()}
+    made = {
+        "sites.md": lambda: {"sites": sites_table()},
+        "tour.md": lambda: {"tour": tour_table(), "forward": forward_table()},
+        "api.md": lambda: {"routes": routes_table()},
+    }
+    if page.name in made:
+        return made[page.name]()
     return {"codes": codes_table()} if page.parent.name == "errors" else {}
 
 

@@ -109,7 +109,8 @@ def _as_nobody_special() -> list[str]:
     """Words before a command, which keep it from running as root. The process stays our own child."""
     if os.getuid() != 0:
         return []
-    return ["setpriv", f"--reuid={ADMIN}", f"--regid={ADMIN}", "--init-groups", "--"]
+    # pdeathsig: a test run that is killed takes its server along
+    return ["setpriv", f"--reuid={ADMIN}", f"--regid={ADMIN}", "--init-groups", "--pdeathsig=INT", "--"]
 
 
 def _program(name: str) -> str:

@@ -150,6 +150,36 @@ def postgres() -> Iterator[Any]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory, tiny: Any) -> Iterator[Server]:
+    """A server with an airlock that people stand at: `tiny` is open, `shut` a secret of 20 Gbit.
+
+    In the lab: ada, ann and the agent bot. On the board: the checkers bea and cid, the owner boss and the auditor
+    dot. Elsewhere: mal. Free has a key for what is open.
+    """
+    from trocar.gate.policy import Role, Tier
+
+    shut = make_tiny("shut", open_weights=False, weight_bits=20_000_000_000)
+    made = make_server(tmp_path_factory.mktemp("house"), [tiny, shut])
+    people = {
+        "ada": ("lab", Tier.trusted, Role.researcher),
+        "ann": ("lab", Tier.trusted, Role.researcher),
+        "bot": ("lab", Tier.agent, Role.agent),
+        "bea": ("board", Tier.external, Role.checker),
+        "cid": ("board", Tier.external, Role.checker),
+        "boss": ("board", Tier.external, Role.owner),
+        "dot": ("board", Tier.external, Role.auditor),
+        "mal": ("elsewhere", Tier.trusted, Role.researcher),
+        "free": ("street", Tier.open, Role.researcher),
+    }
+    for name, (tenant, tier, role) in people.items():
+        key = made.service.gate.keys.create(tenant, tier, role, holder=name)
+        made.keys[name], made.principals[name] = key.secret, key.principal
+    yield made
+    assert made.service.check() == []
+    made.service.close()
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Any:
     from trocar.models.load import load
@@ -214,7 +244,7 @@ def make_server(root: Path, loaded: list[Any], **limits: Any) -> Server:
     from trocar.service.compose import local_service
     from trocar.store import Store
 
-    gate = Gate(f"sqlite:///{root}/ledger.db", agent_spends_in_a_day())
+    gate = Gate(f"sqlite:///{root}/ledger.db", agent_spends_in_a_day(), secrets=root)
     made = {
         "alice": gate.keys.create("alice", Tier.open, Role.operator),
         "bob": gate.keys.create("bob", Tier.open, Role.researcher),

@@ -33,6 +33,7 @@ from trocar.errors import (
 if TYPE_CHECKING:
     from trocar.client import edit
     from trocar.client.aio import AsyncActivations, AsyncClient, AsyncJob, AsyncModel
+    from trocar.client.airlock import AsyncTicket, Export, Ticket
     from trocar.client.handles import Direction, Probe
     from trocar.client.results import Plan, Results, Text
     from trocar.client.sync import Activations, Client, Job, Model
@@ -46,8 +47,10 @@ _LAZY: Final = {
     "AsyncClient": "trocar.client.aio",
     "AsyncJob": "trocar.client.aio",
     "AsyncModel": "trocar.client.aio",
+    "AsyncTicket": "trocar.client.airlock",
     "Client": "trocar.client.sync",
     "Direction": "trocar.client.handles",
+    "Export": "trocar.client.airlock",
     "Job": "trocar.client.sync",
     "Model": "trocar.client.sync",
     "Plan": "trocar.client.results",
@@ -55,6 +58,7 @@ _LAZY: Final = {
     "Results": "trocar.client.results",
     "Sae": "trocar.graph.builder",
     "Text": "trocar.client.results",
+    "Ticket": "trocar.client.airlock",
     "Trace": "trocar.client.trace",
 }
 __all__ = [
@@ -63,12 +67,14 @@ __all__ = [
     "AsyncClient",
     "AsyncJob",
     "AsyncModel",
+    "AsyncTicket",
     "AuthError",
     "BadRequest",
     "Client",
     "ClientError",
     "Conflict",
     "Direction",
+    "Export",
     "Job",
     "Model",
     "NotFound",
@@ -83,6 +89,7 @@ __all__ = [
     "Sae",
     "ServerFault",
     "Text",
+    "Ticket",
     "Trace",
     "TrocarError",
     "__version__",

@@ -135,7 +135,7 @@ TABLE: Final[tuple[Code, ...]] = (
     Code("policy", "PolicyRefusal", "A structure rule of the policy forbids this.",
          "Work on the rows where they are: capture, fit, score; the reason names the rule."),
     Code("needs_airlock", "PolicyRefusal", "Rows of secret weights do not leave in an answer.",
-         "Capture them and work on the handle, or ask for an export: client.request_release(handle, reason)."),
+         "Capture them and work on the handle, or ask for an export: client.request_release(handle, ...)."),
     Code("out_of_scope", "PolicyRefusal", "The key or token is not meant for this.",
          "Stay inside its scope, or ask whoever gave it to you for a wider one."),
     Code("budget_exhausted", "PolicyRefusal", "The program may release more bits than the budget has left.",

@@ -38,7 +38,9 @@ class Running:
 
     def http(self, name: str | None = None, **options: Any) -> httpx.Client:
         headers = {"authorization": f"Bearer {self.keys[name]}"} if name else {}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=options.pop("timeout", 30.0), **options)
+        return httpx.Client(
+            base_url=self.url, headers=headers, timeout=options.pop("timeout", 30.0), **options
+        )
 
     def connect(self, timeout_s: float = 10.0) -> socket.socket:
         return socket.create_connection(self.address, timeout_s)

@@ -1,4 +1,4 @@
-"""What every case asks of a refusal: one code, nothing of the machine in it, no bit, and a neighbour who notices nothing."""
+"""What every case asks of a refusal: one code, nothing of the machine, no bit, and a neighbour who sees nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ FRAME = {"content-type": tensors.MEDIA_TYPE}
 LOGPROBS: dict[str, Any] = {"op": "logprobs", "id": "lp", "at": "prompt[-1]", "tokens": [1, 2]}
 # What only a stack trace, a path of this machine or a library's own words would put into an answer.
 INNER = re.compile(
-    r"Traceback|\.py\b|site-packages|sqlalchemy|sqlite|pydantic|<class|object at 0x|" + re.escape(str(Path.home())) + "/"
+    r"Traceback|\.py\b|site-packages|sqlalchemy|sqlite|pydantic|<class|object at 0x|"
+    + re.escape(str(Path.home()))
+    + "/"
 )
 
 
@@ -40,11 +42,6 @@ def steer(*more: dict[str, Any], **fields: Any) -> dict[str, Any]:
     nodes = ({"op": "tensor", "id": "v", "name": "v"},
              {"op": "edit.add", "id": "e", "site": "resid_post.1", "value": "v", **fields})  # fmt: skip
     return request(*nodes, LOGPROBS, *more)
-
-
-def spoken(body: Any) -> str:
-    """Everything that a refusal says, as one text."""
-    return json.dumps(body, ensure_ascii=False)
 
 
 def clean(heard: Heard, *forbidden: str) -> None:
@@ -99,19 +96,26 @@ class World:
         found = [a for a in self.server.service.gate.ledger.balances() if mine in a.owner]
         return {a.lineage: a.charged_bits + a.held_bits for a in found if a.charged_bits + a.held_bits}
 
+    def rest(self) -> None:
+        """As if a minute had passed: a key that was refused too often in one would be told to wait."""
+        self.server.service._pace._buckets.clear()
+
     def refuses(self, attack: Callable[[], Heard], *expected: str, status: int | None = None) -> Heard:
         """Runs an attack that must be refused before a model is touched, while the stranger runs beside it.
 
         Checks the code, the shape and the words of the refusal, that it is free, that only the stranger's own
         forward passes happened, and that the stranger's numbers keep every bit.
         """
+        self.rest()
         forwards, spent = self.server.forwards(), self.spent()
         job = self.neighbour.post("/v1/runs", self.body).json["job"]
         try:
             heard = attack()
         finally:
             beside = self.neighbour.result(job)
-        assert heard.status in ({status} if status else {400, 401, 403, 404, 409, 413, 415, 422}), heard.body[:300]
+        assert heard.status in ({status} if status else {400, 401, 403, 404, 409, 413, 415, 422}), heard.body[
+            :300
+        ]
         assert heard.refusal["code"] == codes(heard)[0]
         assert codes(heard)[0] in expected, heard.json["error"]["refusals"][0]
         clean(heard)
@@ -120,21 +124,22 @@ class World:
         assert numbers(beside) == self.quiet
         return heard
 
-    def refuses_json(self, body: Any, *expected: str, route: str = "/v1/runs", status: int | None = None) -> Heard:
+    def refuses_json(
+        self, body: Any, *expected: str, route: str = "/v1/runs", status: int | None = None
+    ) -> Heard:
         return self.refuses(lambda: self.attacker.post(route, body), *expected, status=status)
 
     def refuses_raw(
         self, raw: bytes, *expected: str, route: str = "/v1/runs", headers: Mapping[str, str] = JSON
     ) -> Heard:
-        return self.refuses(lambda: self.attacker.send("POST", route, content=raw, headers=dict(headers)), *expected)
-
-    def refuses_nodes(self, *nodes: dict[str, Any] | Any, codes: tuple[str, ...], **more: Any) -> Heard:
-        return self.refuses_json(request(*nodes, **more), *codes)
+        return self.refuses(
+            lambda: self.attacker.send("POST", route, content=raw, headers=dict(headers)), *expected
+        )
 
 
 @dataclass(frozen=True)
 class Small:
-    """A server of one model."""
+    """A server as `guarded` makes it."""
 
     service: Any
     app: Any
@@ -145,8 +150,8 @@ class Small:
         return sum(e.stats().forwards for e in self.engines.values())
 
 
-def guarded(root: Path, loaded: Any, **people: Any) -> Any:
-    """A server of one model under a policy of its own: `people` are terms of the tier `external`."""
+def guarded(root: Path, *loaded: Any, **people: Any) -> Any:
+    """A server under a policy of its own: `people` are terms of the tier `external`."""
     from trocar.api.app import create_app
     from trocar.engine.hf.engine import HFEngine
     from trocar.gate.gate import Gate
@@ -154,17 +159,19 @@ def guarded(root: Path, loaded: Any, **people: Any) -> Any:
     from trocar.service.compose import local_service
     from trocar.store import Store
 
-    terms = {"life_ppm": 900_000, "day_ppm": 900_000, "rank_ppm": 1_000_000, "tick_ms": 0, **people}
-    policy = Policy.model_validate({"people": {"tiers": {"external": terms}}, "data": {"lineage_day_ppm": 900_000}})
+    terms = {"life_ppm": 900_000, "day_ppm": 900_000, "rank_ppm": 1_000_000, "tick_ms": 1, **people}
+    policy = Policy.model_validate(
+        {"people": {"tiers": {"external": terms}}, "data": {"lineage_day_ppm": 900_000}}
+    )
     gate = Gate(f"sqlite:///{root}/ledger.db", policy)
-    engine, store = HFEngine(loaded), Store(root / "store")
-    service = local_service([(loaded, engine)], store, gate)
-    return Small(service, create_app(service), store, {loaded.facts.name: engine})
+    engines, store = {m.facts.name: HFEngine(m) for m in loaded}, Store(root / "store")
+    service = local_service([(m, engines[m.facts.name]) for m in loaded], store, gate)
+    return Small(service, create_app(service), store, engines)
 
 
-def mint(server: Any, tenant: str, tier: Tier = Tier.open) -> Any:
+def mint(server: Any, tenant: str, tier: Tier = Tier.open, **more: Any) -> Any:
     """A new key of a tenant."""
-    return server.service.gate.keys.create(tenant, tier, Role.researcher)
+    return server.service.gate.keys.create(tenant, tier, Role.researcher, **more)
 
 
 def numbers(heard: Heard) -> Any:

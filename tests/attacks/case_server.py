@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def main(folder: Path) -> None:
     import torch
-    from conftest import make_server, make_tiny
 
+    from conftest import make_server, make_tiny
     from trocar.cli import connections
     from trocar.cli.address import bind
     from trocar.cli.serving import HttpServer
@@ -27,7 +27,10 @@ def main(folder: Path) -> None:
     # the deadlines of a test: what is proven is that they exist
     connections.HEAD_S, connections.BODY_S, connections.SEND_S = 2.0, 3.0, 4.0
     made = make_server(folder, [make_tiny()])
-    keys = {name: made.service.gate.keys.create(name, Tier.open, Role.researcher).secret for name in ("mallory", "victor")}
+    keys = {
+        name: made.service.gate.keys.create(name, Tier.open, Role.researcher).secret
+        for name in ("mallory", "victor")
+    }
     address = bind("127.0.0.1", 0)
 
     def ready() -> None:
@@ -35,7 +38,7 @@ def main(folder: Path) -> None:
         partial.write_text(json.dumps({"url": address.url, "keys": keys, "pid": os.getpid()}))
         partial.replace(folder / "ready.json")
 
-    HttpServer(Assembly(made.service, (), ()), "warning", ready).serve_until_stopped(address)
+    HttpServer(Assembly(made.service, (), ()), "warning", ready, lambda: None).serve_until_stopped(address)
 
 
 if __name__ == "__main__":

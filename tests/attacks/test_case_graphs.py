@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from trocar import strict
 from trocar.errors import TrocarError
 from trocar.gate import coding
-from trocar.gate.policy import TierTerms, Tier
+from trocar.gate.policy import Tier, TierTerms
 from trocar.graph import check
 from trocar.graph.cost import Prices
 from trocar.graph.facts import ModelFacts
@@ -38,7 +38,9 @@ def test_case_13_cycles(world: World) -> None:
     """A node that names itself, the next one, or a ring of three: list order is the only order there is."""
     world.refuses_json(request(add("a", "a", "a"), LOGPROBS), "unknown_ref")
     world.refuses_json(request(add("a", "r", "r"), ROWS, LOGPROBS), "unknown_ref")
-    world.refuses_json(request(add("a", "c", "c"), add("b", "a", "a"), add("c", "b", "b"), LOGPROBS), "unknown_ref")
+    world.refuses_json(
+        request(add("a", "c", "c"), add("b", "a", "a"), add("c", "b", "b"), LOGPROBS), "unknown_ref"
+    )
     world.refuses_json(request(capture("r"), ROWS), "unknown_ref")
     gated = edit("add", "resid_post.1", value="r", gate="e")
     world.refuses_json(request(ROWS, gated, LOGPROBS), "unknown_ref")
@@ -96,7 +98,6 @@ def edges(count: int) -> bytes:
     return json.dumps(request(*reads, *lenses)).encode()
 
 
-@pytest.mark.xfail(strict=True, reason="references are bounded per node only: 5,000 nodes may hold 2.5 million")
 def test_case_16_a_million_edges(world: World) -> None:
     """A million references between few nodes are refused, however little each costs."""
     heard = world.attacker.send("POST", "/v1/plan", content=edges(1_000_000), headers=JSON)
@@ -123,7 +124,10 @@ def test_case_17_two_to_the_sixty_paths(world: World) -> None:
     assert plan["cost"]["bits_out"] == {"overhead": 256, "top": 5 * (32 + 9)}
     assert plan["cost"]["rows_read"] == 1
     heard = world.attacker.run(body)
-    assert heard.status in (200, 422)  # 2^60 times a row may be too large to release; never too much to compute
+    assert heard.status in (
+        200,
+        422,
+    )  # 2^60 times a row may be too large to release; never too much to compute
     assert fastest_s(lambda: world.attacker.post("/v1/plan", request(*doubling(2000), LOGPROBS)), 2) < 5
 
 
@@ -158,7 +162,9 @@ LARGE = ModelFacts(
 )  # fmt: skip
 
 
-def priced(lengths: tuple[int, ...], *nodes: dict[str, Any], tensors: dict[str, tuple[int, ...]] | None = None) -> Any:
+def priced(
+    lengths: tuple[int, ...], *nodes: dict[str, Any], tensors: dict[str, tuple[int, ...]] | None = None
+) -> Any:
     scope = Scope(LARGE, lengths, Generation(), tensors or {}, {}, lambda _: [1])
     return check.check(Program.model_validate_json(json.dumps({"nodes": nodes})), scope, Prices(32, 256))
 
@@ -184,7 +190,6 @@ def test_case_19_more_arithmetic_than_a_request_may_ask_for(world: World) -> Non
     world.refuses_json(request(LOGPROBS, prompts=["x" * 250] * 4096), "too_expensive")
 
 
-@pytest.mark.xfail(strict=True, reason="a lens is priced in FLOPs, a matmul, a dot and a norm are not")
 def test_case_19_matmuls_count(world: World) -> None:
     """Fifty products of matrices cost more than one."""
     frame = {"m": np.ones((32, 32))}
@@ -198,6 +203,7 @@ def test_case_19_matmuls_count(world: World) -> None:
 
 def test_case_20_nothing_is_stretched(world: World) -> None:
     """Rows, matrices and vectors of other sizes are never made to fit; only the kind `vector` is one for all rows."""
+
     def of(name: str, shape: tuple[int, ...], *expected: str) -> None:
         body = request(ROWS, MATRIX, add("x", "r", "m"), {**LENS, "of": ["x"]})
         world.refuses(lambda: world.attacker.frame(f"/v1/{name}", body, {"m": np.ones(shape)}), *expected)
@@ -217,13 +223,14 @@ def test_case_20_nothing_is_stretched(world: World) -> None:
     world.refuses_json(request(last, *gate, gated, LOGPROBS), "rows_mismatch")
 
 
-SITES = ["resid_post.-1", "resid_post.4", f"resid_post.{2**31}", f"resid_post.{2**64}", "resid_post.2.0", "resid_post.'2'",
-         "resid_post", "resid_post.01", "resid_post. 1", "resid_post.1 ", "resid_post.\u0661", "resid_post.1e0",
+SITES = ["resid_post.-1", "resid_post.4", f"resid_post.{2**31}", f"resid_post.{2**64}", "resid_post.2.0",
+         "resid_post.'2'", "resid_post",
+         "resid_post.01", "resid_post. 1", "resid_post.1 ", "resid_post.\u0661", "resid_post.1e0",
          "resid_post.1\n", "resid_post.1;", "resid_post.*", "../resid_post.1", "embeddings.0"]  # fmt: skip
 PLACES = ["prompt[3]", "prompt[-4]", "prompt[99]", "prompt[0:99]", "prompt[2:1]", "prompt[1:1]", "prompt[::0]",
-          "prompt[0:2:0]", "prompt[::-1]", "prompt[-99:]", "prompt[2147483648]", "prompt[1e3]", "prompt['2']", "prompt[True]",
-          "prompt[1,1]", "prompt[\u0661]", "prompt[*]\n", "prompt[]", "prompt", "", "gen[0]", "prompt[0" + "0" * 350 + "]",
-          "span('a')", 'role("system")', 'mask("none")', "all[0]"]  # fmt: skip
+          "prompt[0:2:0]", "prompt[::-1]", "prompt[-99:]", "prompt[2147483648]", "prompt[1e3]", "prompt['2']",
+          "prompt[True]", "prompt[1,1]", "prompt[\u0661]", "prompt[*]\n", "prompt[]", "prompt", "", "gen[0]",
+          "prompt[0" + "0" * 350 + "]", "span('a')", 'role("system")', 'mask("none")', "all[0]"]  # fmt: skip
 
 
 @pytest.mark.parametrize("site", SITES, ids=ascii)
@@ -239,7 +246,9 @@ def test_case_21_positions_that_do_not_exist(world: World, at: str) -> None:
     """A position past the end, a slice backwards, a step of zero, or a number spelled otherwise."""
     expected = ("bad_position", "position_out_of_range", "touches_nothing", "bad_value")
     world.refuses_json(request(read("resid_post.1", at), capture("r"), prompts=["abc"]), *expected)
-    world.refuses_json(request(edit("scale", "resid_post.1", by=2.0, at=at), LOGPROBS, prompts=["abc"]), *expected)
+    world.refuses_json(
+        request(edit("scale", "resid_post.1", by=2.0, at=at), LOGPROBS, prompts=["abc"]), *expected
+    )
 
 
 @pytest.mark.parametrize("wrong", ["2", -1, 4, 2**31, 1.0, True])
@@ -249,7 +258,8 @@ def test_case_21_layers_that_are_no_numbers(world: World, wrong: Any) -> None:
     world.refuses_json(request(stop, ROWS, capture("r")), "bad_value", "layer_out_of_range")
 
 
-NOT_SITES = ["weights", "W_E", "W_U", "lm_head", "unembed", "embed.weight", "model.embed_tokens.weight", "q_proj.weight.1",
+NOT_SITES = ["weights", "W_E", "W_U", "lm_head", "unembed", "embed.weight", "model.embed_tokens.weight",
+             "q_proj.weight.1",
              "grad.resid_post.1", "resid_post.1.grad", "resid_post.grad.1", "kv_cache.1", "optimizer", "hidden_states",
              "logits"]  # fmt: skip
 
@@ -262,7 +272,7 @@ def test_case_22_weights_and_gradients_have_no_name(world: World, site: str) -> 
 
 @pytest.fixture(scope="module")
 def secret(tiny_of: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Caller, Any]]:
-    """A researcher of tier external on weights that are a secret, whose policy lets rows leave under the structure rules."""
+    """A researcher of tier external on secret weights, whose policy lets rows leave under the structure rules."""
     server = guarded(tmp_path_factory.mktemp("secret"), tiny_of("closed", open_weights=False), raw="direct")
     yield Caller(server.app, mint(server, "mallory", Tier.external).secret), server
     assert server.service.check() == []
@@ -287,7 +297,14 @@ def asked(caller: Caller, *nodes: dict[str, Any], model: str = "closed", **vecto
 
 def test_case_22_rows_do_not_leave(world: World) -> None:
     """Every output names how its result leaves and what it costs; rows of a secret leave through none of them."""
-    assert {SPEC[op].declassifier for op in OUTPUTS} == {"scalars", "top_k", "tokens", "metric", "raw", "handle"}
+    assert {SPEC[op].declassifier for op in OUTPUTS} == {
+        "scalars",
+        "top_k",
+        "tokens",
+        "metric",
+        "raw",
+        "handle",
+    }
     assert all(SPEC[op].bits is not None for op in OUTPUTS)
     world.refuses_json(request(ROWS, {"op": "score", "id": "s", "of": "r"}), "wrong_operand")
     world.refuses_json(request(ROWS, {"op": "output", "id": "s", "of": "r"}), "unknown_op")
@@ -339,18 +356,23 @@ def test_case_23_widths_of_released_numbers(world: World, bits: Any) -> None:
 
 def test_case_24_what_is_released_is_no_operand(world: World) -> None:
     """An output cannot be an operand, and one name is one output."""
-    world.refuses_json(request(ROWS, LENS, {**LENS, "id": "again", "of": ["top"]}), "unknown_ref", "wrong_operand")
-    world.refuses_json(request(ROWS, LENS, {"op": "score", "id": "s", "of": "top"}), "unknown_ref", "wrong_operand")
-    world.refuses_json(request(LOGPROBS, edit("scale", "resid_post.1", by=2.0, gate="lp")), "unknown_ref", "wrong_operand")
+    world.refuses_json(
+        request(ROWS, LENS, {**LENS, "id": "again", "of": ["top"]}), "unknown_ref", "wrong_operand"
+    )
+    world.refuses_json(
+        request(ROWS, LENS, {"op": "score", "id": "s", "of": "top"}), "unknown_ref", "wrong_operand"
+    )
+    world.refuses_json(
+        request(LOGPROBS, edit("scale", "resid_post.1", by=2.0, gate="lp")), "unknown_ref", "wrong_operand"
+    )
     world.refuses_json(request(ROWS, LENS, LENS), "duplicate_id")
-    world.refuses_json(request(ROWS, capture("r", "r")), "wrong_operand")
+    world.refuses_json(request(ROWS, capture("r", "r")), "duplicate_id", "wrong_operand")
 
 
-@pytest.mark.xfail(strict=True, reason="a lens takes the same rows twice, and charges them twice")
 def test_case_24_the_same_rows_twice_in_one_lens(world: World) -> None:
     """The same value twice in one output is a mistake, as it is for a capture."""
     heard = world.attacker.post("/v1/plan", request(ROWS, {**LENS, "of": ["r", "r"]}))
-    assert (heard.status, heard.refusal["code"]) == (422, "wrong_operand")
+    assert (heard.status, heard.refusal["code"]) == (422, "duplicate_id")
 
 
 def kept(caller: Caller, *sites: str) -> str:
@@ -364,7 +386,13 @@ def test_case_25_targets_are_what_the_caller_says(world: World) -> None:
     """A probe's targets are numbers of the request: no handle, site or node can stand there."""
     handle = kept(world.attacker, "resid_post.1", "resid_post.2")
     fit = {"handle": handle, "kind": "ridge", "labels": [float(i) for i in range(12)]}
-    for labels in (handle, [handle] * 12, {"handle": handle, "site": "resid_post.2"}, "resid_post.2", [["resid_post.2"]] * 12):
+    for labels in (
+        handle,
+        [handle] * 12,
+        {"handle": handle, "site": "resid_post.2"},
+        "resid_post.2",
+        [["resid_post.2"]] * 12,
+    ):
         world.refuses_json({**fit, "labels": labels}, "bad_value", route="/v1/fits")
     for field in ("targets", "target_handle", "y"):
         world.refuses_json({**fit, field: handle}, "unknown_field", route="/v1/fits")
@@ -388,7 +416,7 @@ def test_case_25_activations_as_targets_are_the_weights(secret: tuple[Caller, An
 
 
 def test_case_25_no_artifact_starts_from_weights_or_leaves(world: World) -> None:
-    """No initialisation from weights, no state of an optimiser, no merged weights, and no address that hands them out."""
+    """No start from weights, no state of an optimiser, no merged weights, and no address that hands them out."""
     handle = kept(world.attacker, "resid_post.1")
     fit = {"handle": handle, "kind": "mean_diff", "labels": [i % 2 for i in range(12)]}
     for kind in ("lora", "pissa", "svd", "pca", "sae", "transcoder", "tuned_lens"):
@@ -399,13 +427,24 @@ def test_case_25_no_artifact_starts_from_weights_or_leaves(world: World) -> None
     found = world.attacker.result(started.json["job"]).json["outputs"]["fit"]
     assert set(found["sites"][0]) == {"site", "metrics"}
     artifact = found["artifact"]
-    for tail in ("/weights", "/download", "/rows", "/export", "/optimizer", "/merged", ".safetensors", "?raw=1"):
+    for tail in (
+        "/weights",
+        "/download",
+        "/rows",
+        "/export",
+        "/optimizer",
+        "/merged",
+        ".safetensors",
+        "?raw=1",
+    ):
         heard = world.attacker.get(f"/v1/handles/{artifact}{tail}")
         assert heard.status == 404 or "arrays" not in heard.json
         assert len(heard.body) < 1000
 
 
-@pytest.mark.parametrize("write", ["attn_out.2", "resid_mid.2", "mlp_out.2", "resid_post.2", "resid_pre.3", "attn_in.3"])
+@pytest.mark.parametrize(
+    "write", ["attn_out.2", "resid_mid.2", "mlp_out.2", "resid_post.2", "resid_pre.3", "attn_in.3"]
+)
 @pytest.mark.parametrize("how", ["edit.set", "edit.add", "edit.scale"])
 def test_case_26_written_and_read_in_one_block(secret: tuple[Caller, Any], write: str, how: str) -> None:
     """Rows read with less than a whole block between them and a write of the caller's own stay."""
@@ -413,17 +452,19 @@ def test_case_26_written_and_read_in_one_block(secret: tuple[Caller, Any], write
     vector = {"op": "tensor", "id": "v", "name": "v"}
     change = {"op": how, "id": "e", "site": write, **({"by": 2.0} if how == "edit.scale" else {"value": "v"})}
     heard = asked(caller, vector, change, read("resid_mid.3", "prompt[*]"), raw("r"), v=np.eye(32)[3])
-    assert (heard.status, codes(heard)) == (422, ["policy"])
+    assert (heard.status, codes(heard)) == (403, ["policy"])
     assert "blocks after the last write" in heard.refusal["reason"]
 
 
 def test_case_26_a_block_between_is_allowed_and_charged(secret: tuple[Caller, Any]) -> None:
-    """With a block or more between write and read, rows leave at their price; written later than read does not matter."""
+    """With a block or more between write and read, rows leave at their price; a later write does not matter."""
     caller, _ = secret
     vector = {"op": "tensor", "id": "v", "name": "v"}
     change = {"op": "edit.add", "id": "e", "site": "resid_post.1", "value": "v"}
     rows = read("resid_post.3", "prompt[*]")
-    plan = caller.frame("/v1/plan", request(vector, change, rows, raw("r"), model="closed"), {"v": np.ones(32)}).json
+    plan = caller.frame(
+        "/v1/plan", request(vector, change, rows, raw("r"), model="closed"), {"v": np.ones(32)}
+    ).json
     assert plan["cost"]["bits_out"]["rows"] >= 8 * 32 * 8
     heard = asked(caller, vector, change, rows, raw("r"), v=np.ones(32))
     assert heard.status == 200, heard.json
@@ -437,14 +478,18 @@ def test_case_26_first_layers_and_both_ends_of_a_matrix(secret: tuple[Caller, An
     caller, _ = secret
     for site in ("embeddings", "resid_pre.0", "resid_post.1", "mlp_out.1"):
         assert codes(asked(caller, read(site), raw("r"))) == ["policy"], site
-    for one, other in (("attn_in.2", "q.2"), ("mlp_act.3", "mlp_out.3"), ("resid_pre.2", "k.2"), ("z.2", "attn_out.2")):
+    for one, other in (
+        ("attn_in.2", "q.2"),
+        ("mlp_act.3", "mlp_out.3"),
+        ("resid_pre.2", "k.2"),
+        ("z.2", "attn_out.2"),
+    ):
         both = [read(one, "prompt[*]"), read(other, "prompt[*]", name="q")]
         assert "policy" in codes(asked(caller, *both, raw("r", "q"))), (one, other)
         apart = [raw("r"), {**raw("q"), "id": "more"}]
         assert "policy" in codes(asked(caller, *both, *apart)), (one, other)
 
 
-@pytest.mark.xfail(strict=True, reason="what earlier requests exposed is not looked up yet")
 @pytest.mark.parametrize("order", [("attn_in.3", "v.3"), ("v.3", "attn_in.3")])
 def test_case_26_both_ends_in_two_requests(secret: tuple[Caller, Any], order: tuple[str, str]) -> None:
     """The two ends of a matrix in two requests are the same two ends."""
@@ -458,12 +503,17 @@ def test_case_27_handles_of_two_tenants(world: World, owner: str) -> None:
     """A program, a fit or a session that joins one's own rows with a stranger's gets `handle_not_found`, no more."""
     mine = kept(world.attacker, "resid_post.1")
     other = kept(world.neighbour, "resid_post.1") if owner == "neighbour" else "act_" + "0" * 32
-    nodes = [{"op": "stored", "id": name, "handle": h, "site": "resid_post.1"} for name, h in (("a", mine), ("b", other))]
+    nodes = [
+        {"op": "stored", "id": name, "handle": h, "site": "resid_post.1"}
+        for name, h in (("a", mine), ("b", other))
+    ]
     joined = [*nodes, add("x", "a", "b"), edit("set", "resid_post.1", at="prompt[-1]", value="x"), LOGPROBS]
     prompts = [f"word {i}" for i in range(12)]
     heard = world.refuses_json(request(*joined, prompts=prompts), "handle_not_found")
     assert heard.refusal["path"] == "program.nodes[1].handle"
-    world.refuses_json({"steps": [request(*joined, prompts=prompts)]}, "handle_not_found", route="/v1/sessions")
+    world.refuses_json(
+        {"steps": [request(*joined, prompts=prompts)]}, "handle_not_found", route="/v1/sessions"
+    )
     world.refuses_json({"handle": other, "kind": "ridge", "labels": [float(i) for i in range(12)]}, "handle_not_found",
                        route="/v1/fits")  # fmt: skip
     probe = {"op": "score", "id": "s", "of": "r", "probe": "art_" + other[4:], "site": "resid_post.1"}
@@ -474,7 +524,12 @@ def test_case_13_to_27_what_is_right_still_runs(world: World) -> None:
     """The programs above are wrong for the reason each names: without it they run."""
     assert numbers(world.attacker.run(request(ROWS, LENS, capture("r"))))
     assert world.attacker.run(request(ROWS, add("x", "r", "r"), {**LENS, "of": ["x"]})).status == 200
-    stored = {"op": "stored", "id": "a", "handle": kept(world.attacker, "resid_post.1"), "site": "resid_post.1"}
+    stored = {
+        "op": "stored",
+        "id": "a",
+        "handle": kept(world.attacker, "resid_post.1"),
+        "site": "resid_post.1",
+    }
     patched = request(stored, edit("set", "resid_post.1", at="prompt[-1]", value="a"), LOGPROBS,
                       prompts=[f"word {i}" for i in range(12)])  # fmt: skip
     assert world.attacker.run(patched).status == 200

@@ -22,6 +22,8 @@ from scipy.stats import ks_2samp
 from trocar import strict
 from trocar.errors import NotFound
 from trocar.gate.policy import Tier
+from trocar.gate.scopes import Scope
+from trocar.grants import tokens
 from trocar.sites import SITES
 from trocar.wire.requests import RunRequest
 
@@ -67,8 +69,8 @@ def test_case_28_foreign_deleted_and_random_handles(world: World) -> None:
     elsewhere = kept(eve, model="shut", prompts=["x"])
     assert mine.delete(f"/v1/handles/{gone}").status == 200
     assert world.neighbour.delete(f"/v1/handles/{before}").status == 200
-    ways = {"foreign": foreign, "random": f"act_{secrets.token_hex(16)}", "deleted": gone, "deleted by its owner": before,
-            "of another model": elsewhere}  # fmt: skip
+    ways = {"foreign": foreign, "random": f"act_{secrets.token_hex(16)}", "deleted": gone,
+            "deleted by its owner": before, "of another model": elsewhere}  # fmt: skip
     answers = {name: asked(mine, handle) for name, handle in ways.items()}
     assert {json.dumps(a) for a in answers.values()} == {json.dumps(answers["random"])}
     assert all("handle_not_found" in said for _, said in answers["random"])
@@ -80,6 +82,7 @@ def test_case_28_one_bucket_of_time(world: World) -> None:
     foreign = kept(world.neighbour)
 
     def took(handle: str) -> float:
+        world.rest()
         started = time.perf_counter()
         assert world.attacker.get(f"/v1/handles/{handle}").status == 404
         return time.perf_counter() - started
@@ -106,7 +109,11 @@ def test_case_29_ten_thousand_guesses(world: World) -> None:
     """Ten thousand ids, near a real one and far: none opens, and none costs more than another."""
     foreign = kept(world.neighbour)
     near = [foreign[:-1] + digit for digit in "0123456789abcdef" if digit != foreign[-1]]
-    guesses = [*near, *(f"act_{i:032x}" for i in range(5000)), *(f"act_{secrets.token_hex(16)}" for _ in range(5000))]
+    guesses = [
+        *near,
+        *(f"act_{i:032x}" for i in range(5000)),
+        *(f"act_{secrets.token_hex(16)}" for _ in range(5000)),
+    ]
     handle = world.server.service.handle
     principal = world.server.service.gate.keys.authenticate(_secret(world.attacker))
     for guess in guesses:
@@ -119,11 +126,22 @@ def _secret(caller: Caller) -> str:
     return caller._headers["authorization"].removeprefix("Bearer ")
 
 
-@pytest.mark.xfail(strict=True, reason="no limit of requests per minute exists")
 def test_case_29_guessing_is_slowed_down(world: World) -> None:
-    """Hundreds of wrong ids in a row from one key are answered with `queue_full` and a time to wait."""
-    heard = [world.attacker.get(f"/v1/handles/act_{i:032x}") for i in range(300)]
-    assert "queue_full" in {code for h in heard for code in codes(h)}
+    """After six hundred wrong ids in a minute a key is told to wait, and how long; others are not."""
+    made = mint(world.server, "guesser")
+    caller, most = (
+        Caller(world.server.app, made.secret),
+        world.server.service.gate.policy.people.refusals_per_minute,
+    )
+    pace = world.server.service._pace
+    for _ in range(most - 5):
+        assert pace.wait_s(made.principal.key_id, most) == 0
+    heard = [caller.get(f"/v1/handles/act_{i:032x}") for i in range(60)]
+    slowed = [h for h in heard if codes(h) != ["handle_not_found"]]
+    assert slowed
+    assert all(h.status in (429, 503) and int(h.headers["retry-after"]) >= 1 for h in slowed)
+    assert codes(world.attacker.get("/v1/handles/act_" + "0" * 32)) == ["handle_not_found"]
+    assert caller.get("/v1/handles").status == 200
 
 
 class Held:
@@ -188,7 +206,9 @@ def test_case_30_poison_at_every_hook(world: World, poison: str) -> None:
     facts = world.server.engines["tiny"].facts
     sites = [s for s in SERVED if s.partition(".")[0] in facts.sites]
     assert len(sites) > 8
-    body = request({**LOGPROBS, "at": "prompt[*]"}, TEXT, prompts=["a stranger's prompt", "two"], max_new_tokens=3)
+    body = request(
+        {**LOGPROBS, "at": "prompt[*]"}, TEXT, prompts=["a stranger's prompt", "two"], max_new_tokens=3
+    )
     nothing = request(LOGPROBS, prompts=["mallory", "eve"])
     _, quiet = together(world, lambda: world.attacker.post("/v1/runs", nothing), body)
     for site in sites:
@@ -196,7 +216,9 @@ def test_case_30_poison_at_every_hook(world: World, poison: str) -> None:
         write = [*grown(poison), edit("set", site, at="all", value="x"), LOGPROBS]
         bad = request(*write, prompts=["mallory", "eve"])
         before = world.spent()
-        hurt, beside = together(world, lambda b=bad, w=width: world.attacker.frame("/v1/runs", b, {"v": np.ones(w)}), body)
+        hurt, beside = together(
+            world, lambda b=bad, w=width: world.attacker.frame("/v1/runs", b, {"v": np.ones(w)}), body
+        )
         assert (hurt.status, codes(hurt)) == (422, ["edit_not_finite"]), site
         clean(hurt)
         assert numbers(beside) == numbers(quiet), site
@@ -204,12 +226,16 @@ def test_case_30_poison_at_every_hook(world: World, poison: str) -> None:
 
 
 def test_case_31_extreme_activations(world: World) -> None:
-    """The largest numbers that may be written, in every row of a step: no scale is shared, so no neighbour's bit moves."""
+    """The largest numbers that may be written, in every row of a step: no scale is shared, no neighbour's bit moves."""
     body = request({**LOGPROBS, "at": "prompt[*]"}, prompts=["a stranger's prompt"])
     nothing = request({**LOGPROBS}, prompts=["mallory"] * 8)
     _, quiet = together(world, lambda: world.attacker.post("/v1/runs", nothing), body)
     for size in (1e2, 1e4, 1e6):
-        nodes = [{"op": "tensor", "id": "v", "name": "v"}, edit("set", "resid_pre.0", at="all", value="v"), LOGPROBS]
+        nodes = [
+            {"op": "tensor", "id": "v", "name": "v"},
+            edit("set", "resid_pre.0", at="all", value="v"),
+            LOGPROBS,
+        ]
         bad = request(*nodes, prompts=["mallory"] * 8)
         vectors = {"v": np.full(32, size)}
         _, beside = together(world, lambda b=bad, v=vectors: world.attacker.frame("/v1/runs", b, v), body)
@@ -263,7 +289,9 @@ def test_case_33_identical_uploads_are_two(world: World) -> None:
     after = [c.get("/v1/handles").json["stored_bytes"] for c in (world.attacker, world.neighbour)]
     assert one != two
     assert after[0] - before[0] == after[1] - before[1] == 12 * 32 * 4
-    first, second = (c.get(f"/v1/handles/{h}").json for c, h in ((world.attacker, one), (world.neighbour, two)))
+    first, second = (
+        c.get(f"/v1/handles/{h}").json for c, h in ((world.attacker, one), (world.neighbour, two))
+    )
     assert {k: v for k, v in first.items() if k not in ("handle", "created")} == {
         k: v for k, v in second.items() if k not in ("handle", "created")
     }
@@ -301,7 +329,9 @@ def test_case_34_links_in_the_store_are_not_followed(world: World) -> None:
     target.symlink_to(next(p for p in theirs if p.name == target.name))
     try:
         stored = {"op": "stored", "id": "s", "handle": mine, "site": "resid_post.1"}
-        patch = request(stored, edit("set", "resid_post.1", at="prompt[-1]", value="s"), LOGPROBS, prompts=WORDS)
+        patch = request(
+            stored, edit("set", "resid_post.1", at="prompt[-1]", value="s"), LOGPROBS, prompts=WORDS
+        )
         heard = world.attacker.run(patch)
         assert codes(heard)[0] in ("internal", "store_damaged")
         clean(heard, str(depot._data))
@@ -348,7 +378,9 @@ def test_case_36_a_key_revoked_while_its_run_runs(world: World) -> None:
         keys.revoke(made.principal.key_id)
         heard = caller.get(f"/v1/jobs/{job}/result")
         assert (heard.status, codes(heard)) == (401, ["bad_key"])
-    colleague = Caller(world.server.app, again.secret)  # another key of the same tenant sees how the job ended
+    colleague = Caller(
+        world.server.app, again.secret
+    )  # another key of the same tenant sees how the job ended
     heard = colleague.result(job)
     assert (heard.status, codes(heard)) == (401, ["bad_key"])
     assert "outputs" not in heard.json
@@ -356,8 +388,8 @@ def test_case_36_a_key_revoked_while_its_run_runs(world: World) -> None:
     assert caller.post("/v1/runs", request(LOGPROBS)).status == 401
 
 
-BAD_SECRETS = ["", "x", "trk_", "Bearer", "null", "trk_" + "0" * 16 + "_" + "A" * 43, "eyJhbGciOiJub25lIn0.e30.", "' OR 1=1 --",
-               "trk_" + "0" * 16 + "_" + "A" * 43 + "\t", "*", "trk_%00"]  # fmt: skip
+BAD_SECRETS = ["", "x", "trk_", "Bearer", "null", "trk_" + "0" * 16 + "_" + "A" * 43, "eyJhbGciOiJub25lIn0.e30.",
+               "' OR 1=1 --", "trk_" + "0" * 16 + "_" + "A" * 43 + "\t", "*", "trk_%00"]  # fmt: skip
 
 
 @pytest.mark.parametrize("secret", BAD_SECRETS, ids=ascii)
@@ -371,6 +403,57 @@ def test_case_37_credentials_that_are_none(world: World, secret: str) -> None:
         assert (heard.status, codes(heard)[0]) in ((401, "bad_key"), (401, "no_key")), secret_of
         clean(heard)
     assert wire.send("POST", "/v1/runs", json.dumps(request(LOGPROBS)).encode()).status == 401
+
+
+@pytest.fixture(scope="module")
+def token(world: World, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A token of the attacker's own key: one model, two ops, one site, 600 bits."""
+    keys = world.server.service.gate.keys
+    scope = Scope(frozenset({"tiny"}), frozenset({"read", "logprobs"}), frozenset({"resid_post.1"}), 600)
+    root = tmp_path_factory.mktemp("root") / "tokens.key"
+    return str(keys.mint(keys.authenticate(_secret(world.attacker)), scope, root=root).text)
+
+
+def test_case_37_a_token_is_no_wider_than_it_says(world: World, token: str) -> None:
+    """Another model, op, site or more bits than the token names: refused, and its key pays nothing."""
+    caller = Caller(world.server.app, token)
+    assert caller.run(request(LOGPROBS, prompts=["abc"])).status == 200
+    spent = world.spent()
+    wrong = [request(LOGPROBS, model="shut"), request(read("resid_post.1"), capture("r")),
+             request(read("resid_post.2"), LOGPROBS),
+             request({**LOGPROBS, "at": "prompt[*]"}, prompts=["x" * 200])]  # fmt: skip
+    for body in wrong:
+        heard = caller.post("/v1/runs", body)
+        assert (heard.status, codes(heard)[0]) in (
+            (403, "out_of_scope"), (403, "not_allowed"), (403, "budget_exhausted")), heard.json  # fmt: skip
+        clean(heard)
+    assert world.spent() == spent
+    wider = tokens.attenuate(token, Scope(None, None, None, 2**40))
+    for body in wrong:
+        assert Caller(world.server.app, wider).post("/v1/runs", body).status == 403
+
+
+def test_case_37_tokens_that_were_changed_or_are_over(world: World, token: str) -> None:
+    """A block removed, a byte changed, a token that has expired or was revoked, and claims of other formats: 401."""
+    keys = world.server.service.gate.keys
+    narrow = tokens.attenuate(token, Scope(most_bits=300))
+    public, narrow_raw = tokens._split(narrow)
+    _, raw = tokens._split(token)
+    over = tokens.attenuate(token, Scope(expires_ms=1))
+    cut = narrow[: len(token)]
+    changed = [
+        narrow[:i] + ("A" if narrow[i] != "A" else "B") + narrow[i + 1 :] for i in range(60, len(narrow), 37)
+    ]
+    for text in (over, cut, *changed, token + "A", "trt_", "trt_" + "A" * 100):
+        heard = Caller(world.server.app, text).get("/v1/handles")
+        assert (heard.status, codes(heard)) == (401, ["bad_key"]), text[:20]
+        clean(heard)
+    assert public
+    assert raw != narrow_raw
+    assert Caller(world.server.app, narrow).get("/v1/handles").status == 200
+    keys.revoke_token(tokens.ids(narrow)[-1])
+    assert Caller(world.server.app, narrow).get("/v1/handles").status == 401
+    assert Caller(world.server.app, token).get("/v1/handles").status == 200
 
 
 GAMES: list[dict[str, str]] = [
@@ -410,7 +493,13 @@ class Dialled:
 
     @classmethod
     def _hear(cls, event: str, args: tuple[Any, ...]) -> None:
-        if cls.on and event in ("socket.connect", "socket.getaddrinfo", "socket.sendto", "urllib.Request", "subprocess.Popen"):
+        if cls.on and event in (
+            "socket.connect",
+            "socket.getaddrinfo",
+            "socket.sendto",
+            "urllib.Request",
+            "subprocess.Popen",
+        ):
             cls.seen.append((event, repr(args)[:200]))
 
 
@@ -442,17 +531,24 @@ def test_case_38_the_watch_hears(world: World) -> None:
     assert world.attacker.get("/healthz").status == 200
 
 
-@pytest.mark.parametrize("raw", [b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-A: b\r\n\tContent-Length: 5\r\n\r\n",
-                                 b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Request-Id: a\nSet-Cookie: b\r\n\r\n",
-                                 b"GET http://evil.example/healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n",
-                                 b"CONNECT evil.example:443 HTTP/1.1\r\nHost: evil.example\r\n\r\n",
-                                 b"GET /healthz%0d%0aSet-Cookie:%20x=1 HTTP/1.1\r\nHost: x\r\n\r\n",
-                                 b"GET /healthz HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
-                                 b"GET /healthz HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n",
-                                 b"POST /v1/runs HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
-                                 b"0\r\n\r\nGET /v1/engine HTTP/1.1\r\nHost: x\r\n\r\n"],
-                         ids=["folded", "bare line feed", "absolute", "connect", "encoded", "two hosts", "upgrade",
-                              "two lengths"])  # fmt: skip
+PLAIN = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+TWO_LENGTHS = (
+    b"POST /v1/runs HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"0\r\n\r\nGET /v1/engine HTTP/1.1\r\nHost: x\r\n\r\n"
+)
+SMUGGLED = {
+    "folded": PLAIN + b"X-A: b\r\n\tContent-Length: 5\r\n\r\n",
+    "bare line feed": PLAIN + b"X-Request-Id: a\nSet-Cookie: b\r\n\r\n",
+    "absolute": b"GET http://evil.example/healthz HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+    "connect": b"CONNECT evil.example:443 HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+    "encoded": b"GET /healthz%0d%0aSet-Cookie:%20x=1 HTTP/1.1\r\nHost: x\r\n\r\n",
+    "two hosts": PLAIN + b"Host: b\r\n\r\n",
+    "upgrade": PLAIN + b"Upgrade: websocket\r\nConnection: upgrade\r\n\r\n",
+    "two lengths": TWO_LENGTHS,
+}
+
+
+@pytest.mark.parametrize("raw", SMUGGLED.values(), ids=SMUGGLED)
 def test_case_38_bytes_that_smuggle(live: Any, raw: bytes) -> None:
     """On a real socket: split headers, other hosts, tunnels, upgrades and two lengths never make a second answer."""
     said = live.talk(raw)
@@ -467,7 +563,6 @@ def test_case_38_bytes_that_smuggle(live: Any, raw: bytes) -> None:
     assert live.healthy()
 
 
-@pytest.mark.xfail(strict=True, reason="a slash at the end is answered by the framework: 307 to the host that was named")
 def test_case_38_a_slash_at_the_end(live: Any) -> None:
     """An address with a slash too many is an address that does not exist; the named host is not redirected to."""
     said = live.talk(b"GET /v1/models/ HTTP/1.1\r\nHost: evil.example\r\n\r\n")

@@ -27,7 +27,7 @@ from trocar.gate.policy import Policy, Role, Tier
 from trocar.graph.facts import ModelFacts
 from trocar.service.local import LocalWorker
 from trocar.service.service import Service
-from trocar.service.worker import FitOrder, Model, RunOrder, Watch
+from trocar.service.worker import FitOrder, Model, NumbersOrder, RunOrder, Watch
 from trocar.store import Store
 
 Bend = Callable[[Task, TaskResult], TaskResult]
@@ -120,6 +120,9 @@ class BentWorker:
 
     def fit(self, order: FitOrder, watch: Watch) -> Any:
         return self.bend_fit(dict(self.honest.fit(order, watch)))
+
+    def numbers(self, order: NumbersOrder) -> Any:
+        return self.honest.numbers(order)
 
     def erase(self, tenant: str, handles: Sequence[str]) -> None:
         self.honest.erase(tenant, handles)
@@ -254,7 +257,7 @@ def cell(loaded: Any, folder: Path, policy: Policy | None = None) -> Iterator[Ce
     gate, store = Gate(f"sqlite:///{folder / 'ledger.db'}", policy), Store(folder / "store")
     engine = BentEngine(HFEngine(loaded))
     worker = BentWorker(LocalWorker(loaded, engine, store))
-    service = Service([Model(engine.facts, loaded.text, worker)], gate, (store,))
+    service = Service([Model(engine.facts, loaded.text, worker, engine.name)], gate, (store,))
     try:
         yield Cell(service, engine, worker, create_app(service))
     finally:

@@ -68,7 +68,10 @@ def answer_of(ask: Ask, result: TaskResult) -> dict[str, Any]:
                     value.token_ids.tolist(),
                     value.phases,
                 )
-            out[f"{name}.{field.name}"] = value
+            if field.name == "rows":
+                out |= {f"{name}.rows[{i}]": rows for i, rows in enumerate(value)}
+            else:
+                out[f"{name}.{field.name}"] = value
     for name, shelf in ask.sinks.items():
         out |= {f"{name}.{site}": shelf.rows(site).numpy() for site in shelf.parts[0][0]}
     out["edits"] = [(e.id, e.rows) for e in result.edits]
@@ -206,6 +209,15 @@ def _capture(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], held
             close_rows(held.name, shelf.rows(site, i), want.data)
 
 
+def _raw(ask: Ask, node: Any, result: TaskResult, runs: Sequence[Solo], held: Held) -> None:
+    found = result.outputs[node.id]
+    for i, run in enumerate(runs):
+        mine = _rows_of(found, i)
+        for rows, (site, want) in zip(found.rows, wanted.captured(run, node).items(), strict=True):
+            assert found.tags.positions[mine].tolist() == want.positions, (held.name, site)
+            close_rows(held.name, torch.from_numpy(rows[mine]), want.data)
+
+
 def _receipts(ask: Ask, result: TaskResult, runs: Sequence[Solo], name: str) -> None:
     """Rows written, and their mean norms before and after, over all prompts."""
     assert [e.id for e in result.edits] == [n.id for n in ask.nodes if n.op.startswith("edit.")]
@@ -228,6 +240,7 @@ CHECKS = {
     "metric": _metric,
     "pattern": _pattern,
     "capture": _capture,
+    "raw": _raw,
 }
 
 

@@ -321,6 +321,7 @@ def outputs(w: Writer) -> None:
     _captures(w)
     for verb in w.rng.sample([_lens, _metric, _pattern, _probe], 2):
         verb(w)
+    _raw(w)
 
 
 def _captures(w: Writer) -> None:
@@ -329,6 +330,13 @@ def _captures(w: Writer) -> None:
         same = {k.site: k.id for k in reads if k.at == at}
         mean = not in_generated(at or "") and w.rng.random() < 0.3
         w.add(ops.Capture(id=w.name("k"), of=tuple(same.values()), reduce="mean" if mean else "none"))
+
+
+def _raw(w: Writer) -> None:
+    reads = [k for k in w.pool if k.plain]
+    if reads and w.rng.random() < 0.3:
+        same = {k.site: k.id for k in reads if k.at == reads[-1].at}
+        w.add(ops.Raw(id="raw", of=tuple(same.values())))
 
 
 def _lens(w: Writer) -> None:

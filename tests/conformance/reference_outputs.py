@@ -122,7 +122,7 @@ def captured(run: Solo, node: Any) -> dict[str, Wanted]:
     for name in node.of:
         seen, read = pass_of(run, name), run.first.values.node(name)
         rows = seen.value(name)
-        if node.reduce == "mean":
+        if getattr(node, "reduce", "none") == "mean":
             out[read.site] = Wanted([-1], rows.mean(0, keepdim=True))
         else:
             out[read.site] = Wanted(seen.rows(read.at), rows)
@@ -136,4 +136,5 @@ OUTPUTS: dict[str, Callable[..., Any]] = {
     "metric": metric,
     "pattern": pattern,
     "capture": captured,
+    "raw": captured,
 }

@@ -250,6 +250,7 @@ def test_c43_every_number_is_priced(bench: Bench) -> None:
         ops.Lens(id="lens", of=("r",), top_k=3),
         ops.Metric(id="ce", metric="cross_entropy", at="prompt[:-1]"),
         ops.Pattern(id="pattern", of="a"),
+        ops.Raw(id="raw", of=("r",)),
         capture("r"),
         logprobs(TOKENS),
     ]
@@ -261,6 +262,7 @@ def test_c43_every_number_is_priced(bench: Bench) -> None:
         "lens": rows * 3 * (token_bits + SCALAR_BITS),
         "ce": len(result.outputs["ce"].values) * SCALAR_BITS,
         "pattern": result.outputs["pattern"].probs.size * SCALAR_BITS,
+        "raw": result.outputs["raw"].rows[0].size * SCALAR_BITS,
         "kept": 0,
         "lp": result.outputs["lp"].logprobs.size * SCALAR_BITS,
     }

@@ -46,7 +46,11 @@ def body(*nodes: dict[str, Any], prompts: Any = ("abc", "hello"), **more: Any) -
 
 
 LONG = body(
-    READ, KEPT, TEXT, prompts=[f"{i}" for i in range(40)], generation={"max_new_tokens": 240, "stop_at_eos": False}
+    READ,
+    KEPT,
+    TEXT,
+    prompts=[f"{i}" for i in range(40)],
+    generation={"max_new_tokens": 240, "stop_at_eos": False},
 )
 QUICK = body(LP)
 
@@ -257,7 +261,9 @@ def test_what_a_worker_says_stays_in_its_log(model: Path, sockets: Path, tmp_pat
         heard = [door.ask("/v1/runs", body(LP, prompts=[p])) for p in ("fine", "raise", "refuse", "invent")]
         assert [h.status_code for h in heard] == [200, 500, 422, 500]
         assert [code(h) for h in heard[1:]] == ["internal", "edit_not_finite", "internal"]
-        listed = [door.send("GET", path) for path in ("/v1/ledger", "/v1/handles", "/v1/engine", "/v1/models")]
+        listed = [
+            door.send("GET", path) for path in ("/v1/ledger", "/v1/handles", "/v1/engine", "/v1/models")
+        ]
         for each in (*heard, *listed):
             assert LEAK not in each.text
             assert LEAK not in str(each.headers)

@@ -17,6 +17,7 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -28,8 +29,10 @@ from trocar.gate.release import Released
 from trocar.graph.spec import SPEC, field_names
 from trocar.graph.sweep import Axis
 from trocar.strict import Strict
+from trocar.wire import airlock as a
 from trocar.wire import requests as q
 from trocar.wire import tensors
+from trocar.wire.tokens import ScopeWords, TokenRequest
 
 log = logging.getLogger(__name__)
 MAX_BODY_BYTES: Final = 32 << 20
@@ -42,9 +45,13 @@ OPTIONS: Final = {
         *q.FitRequest.model_fields,
         *q.SessionRequest.model_fields,
         *Axis.model_fields,
+        *a.ExportRequest.model_fields,
+        *a.RaiseRequest.model_fields,
+        *a.StepRequest.model_fields,
+        *ScopeWords.model_fields,
     ),
 }
-JSON: Final = "application/json"
+JSON: Final = release.JSON
 WAITERS: Final = 512
 
 
@@ -64,7 +71,7 @@ def answer(released: Released, request_id: str) -> Response:
         headers["retry-after"] = str(released.retry_after_s or 1)
     if released.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return Response(released.payload, released.status, headers, JSON)
+    return Response(released.payload, released.status, headers, released.media_type)
 
 
 async def read_body(request: Request) -> bytes:
@@ -76,11 +83,14 @@ async def read_body(request: Request) -> bytes:
     if request.headers.get("content-encoding", "identity") != "identity":
         raise errors.refuse("bad_json", "$", "compressed bodies are not read")
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise errors.refuse("too_large", "$", f"the body is larger than {MAX_BODY_BYTES} bytes")
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > MAX_BODY_BYTES:
+                raise errors.refuse("too_large", "$", f"the body is larger than {MAX_BODY_BYTES} bytes")
+            parts.append(part)
+    except ClientDisconnect:
+        raise errors.refuse("bad_json", "$", "the client hung up before the body ended") from None
     return b"".join(parts)
 
 
@@ -191,6 +201,7 @@ async def job_state(request: Request, caller: Caller, job: str) -> Response:
 @router.get("/jobs/{job}/result", tags=["jobs"])
 async def job_result(request: Request, caller: Caller, job: str, wait_s: float = 0.0) -> Response:
     """The result, waiting at most 30 s; 202 with the job's state while it runs."""
+    request.state.of_job = True
     verb = partial(_service(request).job_result, caller, job, wait_s)
     # Waiting has threads of its own: many slow jobs must not keep others from asking anything.
     found = await to_thread.run_sync(verb, limiter=request.app.state.waiters)
@@ -221,10 +232,59 @@ async def erase(request: Request, caller: Caller, handle: str) -> Response:
     return await _off_loop(request, _service(request).erase, caller, handle)
 
 
+@router.post("/airlock/exports", tags=["airlock"], openapi_extra=openapi.body(a.ExportRequest))
+async def request_export(request: Request, caller: Caller, idempotency_key: Idempotency = None) -> Response:
+    """Asks that the numbers of a handle leave: they are frozen, checked and priced."""
+    body, _ = await decode(request, a.ExportRequest)
+    verb = _service(request).exports.submit
+    return await _off_loop(request, verb, caller, body, *_named(request, idempotency_key))
+
+
+@router.post("/airlock/raises", tags=["airlock"], openapi_extra=openapi.body(a.RaiseRequest))
+async def request_raise(request: Request, caller: Caller) -> Response:
+    """Asks for larger limits of an account."""
+    body, _ = await decode(request, a.RaiseRequest)
+    return await _off_loop(request, _service(request).exports.submit_raise, caller, body)
+
+
+@router.get("/airlock", tags=["airlock"])
+async def airlock_list(
+    request: Request, caller: Caller, state: str | None = None, limit: int = 100
+) -> Response:
+    """The newest requests that the caller sees."""
+    return await _off_loop(request, _service(request).exports.list, caller, state, limit)
+
+
+@router.get("/airlock/{ticket}", tags=["airlock"])
+async def airlock_show(request: Request, caller: Caller, ticket: str) -> Response:
+    """A request; for reviewers, all that a decision needs."""
+    return await _off_loop(request, _service(request).exports.show, caller, ticket)
+
+
+@router.get("/airlock/{ticket}/file", tags=["airlock"])
+async def airlock_file(request: Request, caller: Caller, ticket: str) -> Response:
+    """The file of an approved export, charged when it is fetched first."""
+    return await _off_loop(request, _service(request).exports.file, caller, ticket)
+
+
+@router.post("/airlock/{ticket}/{step}", tags=["airlock"], openapi_extra=openapi.body(a.StepRequest))
+async def airlock_step(request: Request, caller: Caller, ticket: str, step: a.Step) -> Response:
+    """Takes a step: `sign`, `approve`, `reject`, `withdraw` or `apply`."""
+    body, _ = await decode(request, a.StepRequest)
+    return await _off_loop(request, _service(request).exports.step, caller, ticket, step, body)
+
+
 @router.get("/ledger", tags=["accounts"])
 async def ledger(request: Request, caller: Caller) -> Response:
     """The calling key's own budgets and entries."""
     return await _off_loop(request, _service(request).account, caller)
+
+
+@router.post("/tokens", tags=["accounts"], openapi_extra=openapi.body(TokenRequest))
+async def token(request: Request, caller: Caller) -> Response:
+    """A token that stands for the calling key with less; shown this once."""
+    body, _ = await decode(request, TokenRequest)
+    return await _off_loop(request, _service(request).token, caller, body)
 
 
 @router.get("/engine", tags=["operators"])
@@ -256,6 +316,7 @@ def create_app(service: Verbs) -> FastAPI:
         redoc_url=None,
         openapi_url=None,
     )
+    app.router.redirect_slashes = False  # a redirect would name a host that the client chose
     app.state.service = service
     app.state.waiters = CapacityLimiter(WAITERS)
     app.include_router(router)
@@ -286,10 +347,16 @@ async def _on_refusal(request: Request, error: Exception) -> Response:
 async def _told(request: Request, error: errors.TrocarError) -> Response:
     """The refusal of a caller whom we know is an entry of the log; how a job ended was decided before."""
     caller = getattr(request.state, "caller", None)
-    if caller is not None and not (isinstance(error, errors.RunFailed | errors.ServerFault)):
+    if caller is not None and not _decided(request, error):
         service, request_id = _service(request), request.state.request_id
         error = await to_thread.run_sync(service.refused, caller, request_id, error)
     return _refused(request, error)
+
+
+def _decided(request: Request, error: errors.TrocarError) -> bool:
+    """Whether it says how a job ended, or that we failed."""
+    of_job = getattr(request.state, "of_job", False) and error.code not in ("job_not_found", "bad_value")
+    return of_job or isinstance(error, errors.RunFailed | errors.ServerFault)
 
 
 async def _on_http(request: Request, error: Exception) -> Response:

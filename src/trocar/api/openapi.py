@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib.resources import files
 from typing import Any, Final
 
+from anyio import to_thread
 from fastapi import FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
@@ -16,20 +18,23 @@ from starlette.staticfiles import StaticFiles
 
 from trocar.gate import release
 from trocar.gate.release import Released
-from trocar.wire import about, tensors
+from trocar.wire import about, airlock, tensors
 from trocar.wire import requests as q
 from trocar.wire import results as r
+from trocar.wire.tokens import TokenRequest, TokenView
 
 DESCRIPTION: Final = """Programs are data: typed nodes, checked and priced before anything runs. Send JSON, or a
 frame of JSON and safetensors (`application/vnd.trocar.frame`) when a request carries vectors. Every refusal
 has a code, a JSON path, a reason and a next step. Authenticate with `Authorization: Bearer trk_...`."""
 _REF: Final = "#/components/schemas/{model}"
 _REQUESTS: Final[tuple[type[BaseModel], ...]] = (
-    q.RunRequest, q.SessionRequest, q.FitRequest, q.TokenizeRequest,
+    q.RunRequest, q.SessionRequest, q.FitRequest, q.TokenizeRequest, airlock.ExportRequest, airlock.RaiseRequest,
+    airlock.StepRequest, TokenRequest,
 )  # fmt: skip
 _RESULTS: Final[tuple[type[BaseModel], ...]] = (
     r.PlanView, r.JobView, r.RunResult, r.SessionResult, r.HandlesView, about.ModelsView,
-    about.CapabilitiesView, r.LedgerView, r.TokensView, about.EngineView,
+    about.CapabilitiesView, r.LedgerView, r.TokensView, about.EngineView, TokenView,
+    airlock.TicketView, airlock.TicketsView,
 )  # fmt: skip
 
 
@@ -64,9 +69,11 @@ def describe(app: FastAPI) -> dict[str, Any]:
 def mount(app: FastAPI, answer: Callable[[Released, str], Response]) -> None:
     """Adds `/openapi.json` and `/docs`."""
 
+    made = cache(lambda: release.document(describe(app)))  # once: it takes longer than most requests
+
     @app.get("/openapi.json", include_in_schema=False)
     async def document(request: Request) -> Response:
-        return answer(release.document(describe(app)), request.state.request_id)
+        return answer(await to_thread.run_sync(made), request.state.request_id)
 
     @app.get("/docs", include_in_schema=False)
     async def page() -> Response:

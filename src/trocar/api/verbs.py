@@ -13,7 +13,9 @@ import numpy.typing as npt
 
 from trocar import errors
 from trocar.gate.release import Released
+from trocar.wire import airlock as a
 from trocar.wire import requests as q
+from trocar.wire.tokens import TokenRequest
 
 Vectors = Mapping[str, npt.NDArray[np.float32]]
 
@@ -60,3 +62,26 @@ class Verbs(Protocol):
     def account(self, caller: Any, /) -> Released: ...
 
     def engine(self, caller: Any, /) -> Released: ...
+
+    def token(self, caller: Any, request: TokenRequest, /) -> Released: ...
+
+    @property
+    def exports(self) -> Exports: ...
+
+
+class Exports(Protocol):
+    """The use cases of the airlock."""
+
+    def submit(
+        self, caller: Any, request: a.ExportRequest, key: str | None, request_id: str, /
+    ) -> Released: ...
+
+    def submit_raise(self, caller: Any, request: a.RaiseRequest, /) -> Released: ...
+
+    def list(self, caller: Any, state: str | None, limit: int, /) -> Released: ...
+
+    def show(self, caller: Any, ticket: str, /) -> Released: ...
+
+    def step(self, caller: Any, ticket: str, step: a.Step, request: a.StepRequest, /) -> Released: ...
+
+    def file(self, caller: Any, ticket: str, /) -> Released: ...

@@ -31,27 +31,33 @@ NAME: Final = "e"
 def embedding_read(raid: Raid) -> Loot:
     """Row t of the matrix is the stream at a token t: one number per weight."""
     tokens = raid.tokens(raid.effort.tokens)
-    return Loot((_read(raid, raid.purse, tokens),))
+    values = _read(raid, raid.purse, tokens, range(raid.model.d_model), DOORS)
+    return Loot((Piece.of("embed", tokens, values),))
 
 
-def _read(raid: Raid, purse: Purse, tokens: Sequence[int]) -> Piece:
-    width = raid.model.d_model
+def _read(
+    raid: Raid, purse: Purse, tokens: Sequence[int], mine: Sequence[int], doors: Sequence[Extractor]
+) -> F64:
+    """Some columns of the rows of some tokens, [tokens, mine]."""
 
     def ask(door: Extractor, rows: Sequence[int], columns: Sequence[int]) -> Ask:
+        wanted = [mine[c] for c in columns]
         with purse.model.trace([[tokens[i] for i in rows]]) as t:
-            door.save(t, t.embeddings["prompt[*]"], width, columns, NAME)
-        return Ask(t.recorded, partial(door.read, columns=columns, name=NAME))
+            door.save(t, t.embeddings["prompt[*]"], raid.model.d_model, wanted, NAME)
+        return Ask(t.recorded, partial(door.read, columns=wanted, name=NAME))
 
-    asks = [partial(ask, door) for door in DOORS]
-    values = harvest(purse, len(tokens), width, raid.effort.batch_rows, *asks)
-    return Piece.of("embed", tokens, values)
+    asks = [partial(ask, door) for door in doors]
+    return harvest(purse, len(tokens), len(mine), raid.effort.batch_rows, *asks)
 
 
 def coalition(raid: Raid) -> Loot:
-    """Several keys read different tokens: more identities, the same secret."""
-    tokens = raid.tokens(raid.effort.tokens)
-    shares = [tokens[i :: len(raid.purses)] for i in range(len(raid.purses))]
-    return Loot(tuple(_read(raid, p, share) for p, share in zip(raid.purses, shares, strict=True)))
+    """Several keys read different columns: more identities, the same secret."""
+    tokens, width = raid.tokens(raid.effort.tokens), raid.model.d_model
+    values = np.full((len(tokens), width), np.nan)
+    for i, purse in enumerate(raid.purses):
+        mine = range(width)[i :: len(raid.purses)]
+        values[:, list(mine)] = _read(raid, purse, tokens, mine, (OneHot(),))
+    return Loot((Piece.of("embed", tokens, values),))
 
 
 def k_average(raid: Raid) -> Loot:

@@ -121,7 +121,10 @@ def room(model: str, attacks: Sequence[Attack], folder: Path, policy: Policy) ->
     names = {OPEN: True, **{attack.name: False for attack in attacks}}
     store = Store(folder / "store")
     worker = LocalWorker(found.loaded, engine, store)
-    models = [Model(_facts(engine.facts, n, free), found.loaded.text, worker) for n, free in names.items()]
+    models = [
+        Model(_facts(engine.facts, n, free), found.loaded.text, worker, engine.name)
+        for n, free in names.items()
+    ]
     service = Service(models, gate, (store,))
     try:
         yield Room(found, service, create_app(service))

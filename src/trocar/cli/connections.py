@@ -64,7 +64,9 @@ class Connection(H11Protocol):
         self._arm(HEAD_S + self.timeout_keep_alive)
         unread = self.cycle.more_body
         super().on_response_complete()
-        if unread:  # answered before the body had arrived: the rest is not read, and the client has time to hear why
+        if (
+            unread
+        ):  # answered before the body had arrived: the rest is not read, and the client has time to hear why
             self.transport.pause_reading()
             self._arm(LINGER_S)
 
@@ -90,7 +92,9 @@ class Connection(H11Protocol):
             return
         idle = [c for c in self.connections if isinstance(c, Connection) and c.is_idle and c is not self]
         for connection in sorted(idle, key=lambda c: c._idle_since_s)[:excess]:
-            self.connections.discard(connection)  # now, not when its end is noticed: the places are counted at once
+            self.connections.discard(
+                connection
+            )  # now, not when its end is noticed: the places are counted at once
             connection.transport.abort()
 
     def _arm(self, after_s: float) -> None:

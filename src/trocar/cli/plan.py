@@ -18,6 +18,11 @@ class Sizes:
     threads: int | None
     step_tokens: int | None
     kv_gib: float | None
+    tenant_gib: float
+
+    @property
+    def tenant_bytes(self) -> int:
+        return int(self.tenant_gib * (1 << 30))
 
     @property
     def kv_bytes(self) -> int | None:
@@ -25,7 +30,12 @@ class Sizes:
 
     def words(self) -> Iterator[str]:
         """As options of another command."""
-        named = {"threads": self.threads, "step-tokens": self.step_tokens, "kv-gib": self.kv_gib}
+        named = {
+            "threads": self.threads,
+            "step-tokens": self.step_tokens,
+            "kv-gib": self.kv_gib,
+            "tenant-gib": self.tenant_gib,
+        }
         for name, value in named.items():
             if value is not None:
                 yield from (f"--{name}", str(value))

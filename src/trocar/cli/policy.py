@@ -129,9 +129,8 @@ def _print_settings(folder: Folder, json: bool) -> None:
     if folder.has_ledger:
         with reading(folder) as connection:
             current = policy_log.current(connection)
-    meanings = policy_file.meanings()
     rows = [
-        (path, "not limited" if value is None else str(value), meanings.get(path, ""))
+        (path, "not limited" if value is None else str(value), policy_file.meaning(path))
         for path, value in policy_file.settings(current or Policy())
     ]
     if json:

@@ -50,6 +50,7 @@ def serve(
     threads: options.Threads = None,
     step_tokens: options.StepTokens = None,
     kv_gib: options.KvGib = None,
+    tenant_gib: options.TenantGib = 64.0,
     isolation: options.Isolated = Isolation.process,
     log_level: options.Level = LogLevel.warning,
     save_key: options.SaveKey = False,
@@ -71,7 +72,7 @@ def serve(
         if ready_file is not None:
             ready_file.unlink(missing_ok=True)
             stack.callback(ready_file.unlink, missing_ok=True)
-        sizes = Sizes(threads, step_tokens, kv_gib)
+        sizes = Sizes(threads, step_tokens, kv_gib, tenant_gib)
         plan = Plan(tuple(model), folder, policy, anchors, sizes, log_level, save_key)
 
         def on_ready() -> None:
@@ -159,6 +160,7 @@ def _load(names: Sequence[str], folder: Folder, gate: Gate, sizes: Sizes) -> Ass
         threads=sizes.threads,
         step_tokens=sizes.step_tokens,
         kv_bytes=sizes.kv_bytes,
+        tenant_bytes=sizes.tenant_bytes,
     )
 
 

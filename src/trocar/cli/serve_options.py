@@ -37,6 +37,7 @@ StepTokens = Annotated[
 KvGib = Annotated[
     float | None, typer.Option(min=0.01, help="Memory for keys and values of each model, in GiB (2).")
 ]
+TenantGib = Annotated[float, typer.Option(min=0.001, help="What one tenant may keep in the store, in GiB.")]
 Isolated = Annotated[
     Isolation, typer.Option(help="One process; or three: HTTP, the gate with the books, the models.")
 ]

@@ -30,6 +30,9 @@ def worker(
     kv_gib: Annotated[
         float | None, typer.Option(min=0.01, help="Memory for keys and values, in GiB.")
     ] = None,
+    tenant_gib: Annotated[
+        float, typer.Option(min=0.001, help="What one tenant may keep in the store, in GiB.")
+    ] = 64.0,
     ready_fd: ReadyOption = -1,
 ) -> None:
     """Run models for a gate, without a network; part of `trocar serve --isolation host`."""
@@ -47,9 +50,16 @@ def worker(
     from trocar.host.worker.house import open_bench
 
     kv_bytes = None if kv_gib is None else int(kv_gib * (1 << 30))
+    tenant_bytes = int(tenant_gib * (1 << 30))
     with ExitStack() as stack:
         bench = open_bench(
-            model, folder.store, stack, threads=threads, step_tokens=step_tokens, kv_bytes=kv_bytes
+            model,
+            folder.store,
+            stack,
+            threads=threads,
+            step_tokens=step_tokens,
+            kv_bytes=kv_bytes,
+            tenant_bytes=tenant_bytes,
         )
         listener = listen(socket, 8)
         stack.callback(listener.close)

@@ -8,19 +8,23 @@ from typing import Any, Generic, TypeVar
 
 import httpx
 
-from trocar import aliases, errors, sites, strict
+from trocar import aliases, errors, strict
+from trocar.client import airlock as desk
+from trocar.client.airlock import AsyncTicket
 from trocar.client.handles import Probe, Stored, StoredRows
 from trocar.client.notebook import ProgressLine
+from trocar.client.programs import capture_request, generate_request, model_text, plain
 from trocar.client.prompts import Prompts, generation_of, is_single
 from trocar.client.results import Plan, Results, SessionResults, Text
 from trocar.client.session import RecordedSession, Session
 from trocar.client.settings import Settings
+from trocar.client.tokens import AsyncTokens
 from trocar.client.trace import Recorded, Trace
 from trocar.client.transport import Transport
-from trocar.graph.builder import EditSpec, Place, Position, SiteRows, selector
-from trocar.graph.canonical import expand
+from trocar.graph.builder import EditSpec, Position
 from trocar.graph.facts import ModelFacts
 from trocar.wire import about
+from trocar.wire import airlock as a
 from trocar.wire import requests as q
 from trocar.wire import results as r
 
@@ -144,6 +148,10 @@ class AsyncActivations:
         probe: Probe = results["fit"]
         return probe
 
+    async def request_release(self, *, reason: str, controls: str) -> AsyncTicket:
+        """Asks the airlock for the rows; see `AsyncClient.request_release`."""
+        return await self.client.request_release(self, reason=reason, controls=controls)
+
     async def delete(self) -> None:
         await self.client.transport.delete(f"/v1/handles/{self.handle}")
 
@@ -152,11 +160,6 @@ class AsyncActivations:
 
     def _repr_html_(self) -> str:
         return self.stored.html()
-
-
-def plain(value: Any) -> Any:
-    """A numpy or torch scalar as a Python number."""
-    return value.item() if hasattr(value, "item") else value
 
 
 class AsyncModel:
@@ -260,40 +263,7 @@ class AsyncModel:
         return model_text(self.facts)
 
 
-def capture_request(
-    model: Any, prompts: Prompts, wanted: str | Sequence[str], at: Position, edits: Sequence[EditSpec]
-) -> Recorded:
-    """The program behind `model.capture`."""
-    patterns = [wanted] if isinstance(wanted, str) else list(wanted)
-    places = sites.unique(p for pattern in patterns for p in expand(pattern, model.facts))
-    with model.trace(prompts) as t:
-        t.apply(*edits)
-        t.save(
-            "activations", t.capture([SiteRows(t._recorder, Place(place, selector(at))) for place in places])
-        )
-    recorded: Recorded = t.recorded
-    return recorded
-
-
-def generate_request(
-    model: Any, prompts: Prompts, edits: Sequence[EditSpec], generation: dict[str, Any]
-) -> Recorded:
-    """The program behind `model.generate`."""
-    with model.trace(prompts, **generation) as t:
-        t.apply(*edits)
-        t.save("text", t.text())
-    recorded: Recorded = t.recorded
-    return recorded
-
-
-def model_text(facts: ModelFacts) -> str:
-    return (
-        f"Model {facts.name} ({facts.family}, {facts.n_layers} layers, d_model {facts.d_model}, {facts.dtype})\n"
-        f"  fingerprint {facts.fingerprint[:16]}\n  sites {', '.join(facts.sites)}"
-    )
-
-
-class AsyncClient:
+class AsyncClient(AsyncTokens):
     """A connection to a Trocar server.
 
     Args:
@@ -344,7 +314,52 @@ class AsyncClient:
     async def activations(self, handle: str) -> AsyncActivations:
         """Stored activations by their id, for example after a restart."""
         view = (await self.transport.get(f"/v1/handles/{handle}")).view(r.HandleView)
-        return AsyncActivations(self, stored(view))
+        return AsyncActivations(self, Stored.of(view))
+
+    async def request_release(self, handle: desk.Handled | str, *, reason: str, controls: str) -> AsyncTicket:
+        """Asks that stored rows or a fit leave the server, through the airlock; see docs/airlock.md.
+
+        Args:
+            handle: activations, a probe, or an id.
+            reason: what the numbers are needed for; people read it.
+            controls: what keeps them safe after they left.
+
+        Raises:
+            PolicyRefusal: `export_refused` when the automatic checks fail.
+        """
+        request = strict.make(a.ExportRequest, handle=desk.id_of(handle), reason=reason, controls=controls)
+        return AsyncTicket(self, await desk.posted(self, "exports", request, once=True))
+
+    async def request_raise(
+        self,
+        model: str,
+        *,
+        life_bits: int | None = None,
+        day_bits: int | None = None,
+        reason: str,
+        controls: str,
+        owner: str | None = None,
+    ) -> AsyncTicket:
+        """Asks for larger limits on a model's lineage; two people must agree, one of them an owner.
+
+        Args:
+            life_bits, day_bits: the new limits; None leaves one as it is.
+            owner: `project:...` or another account; the calling key's by default.
+        """
+        request = strict.make(
+            a.RaiseRequest, model=model, life_bits=life_bits, day_bits=day_bits, reason=reason,
+            controls=controls, owner=owner,
+        )  # fmt: skip
+        return AsyncTicket(self, await desk.posted(self, "raises", request))
+
+    async def airlock(self, state: a.TicketState | None = None, limit: int = 100) -> tuple[AsyncTicket, ...]:
+        """The newest requests to the airlock that the key sees."""
+        answer = await self.transport.get("/v1/airlock", state=state, limit=limit)
+        return tuple(AsyncTicket(self, view) for view in answer.view(a.TicketsView).tickets)
+
+    async def ticket(self, ticket_id: str) -> AsyncTicket:
+        """One request to the airlock by its id; for reviewers with all that a decision needs."""
+        return AsyncTicket(self, await desk.looked_up(self, ticket_id))
 
     async def ledger(self) -> r.LedgerView:
         """The calling key's own account."""
@@ -379,9 +394,4 @@ class AsyncClient:
         return AsyncJob(self, view, finish)
 
     def _bind(self, output: r.CaptureOutput) -> AsyncActivations:
-        return AsyncActivations(self, stored(output))
-
-
-def stored(output: r.CaptureOutput | r.HandleView) -> Stored:
-    """The facts of a handle that an answer names."""
-    return Stored(output.handle, output.sites, output.widths, output.rows, output.bytes)
+        return AsyncActivations(self, Stored.of(output))

@@ -193,6 +193,11 @@ class Stored:
     rows: int
     bytes: int
 
+    @classmethod
+    def of(cls, output: r.CaptureOutput | r.HandleView) -> Stored:
+        """The facts of a handle that an answer names."""
+        return cls(output.handle, output.sites, output.widths, output.rows, output.bytes)
+
     def at(self, site: str) -> StoredRows:
         if site not in self.sites:
             near = errors.closest(site, self.sites)

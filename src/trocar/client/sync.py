@@ -10,12 +10,15 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import httpx
 
-from trocar.client import aio
+from trocar.client import aio, tokens
+from trocar.client import airlock as desk
+from trocar.client.airlock import Ticket
 from trocar.client.handles import Probe, Stored, StoredRows
+from trocar.client.programs import model_text
 from trocar.client.prompts import Prompts, generation_of
 from trocar.client.results import Plan, Results, SessionResults, Text
 from trocar.client.session import RecordedSession, Session
@@ -23,6 +26,7 @@ from trocar.client.trace import Recorded, Trace
 from trocar.graph.builder import EditSpec, Position
 from trocar.graph.facts import ModelFacts
 from trocar.wire import about
+from trocar.wire import airlock as a
 from trocar.wire import requests as q
 from trocar.wire import results as r
 
@@ -141,6 +145,10 @@ class Activations:
             l2=l2,
         )
 
+    def request_release(self, *, reason: str, controls: str) -> Ticket:
+        """Asks the airlock for the rows; see `Client.request_release`."""
+        return self.client.request_release(self, reason=reason, controls=controls)
+
     def delete(self) -> None:
         self.client._portal.call(aio.AsyncActivations(self.client._core, self.stored).delete)
 
@@ -226,7 +234,7 @@ class Model:
         return self._client._portal.call(self._core.tokenize, text)
 
     def __repr__(self) -> str:
-        return aio.model_text(self.facts)
+        return model_text(self.facts)
 
 
 class Client:
@@ -263,9 +271,62 @@ class Client:
         """Stored activations by their id, for example after a restart."""
         return Activations(self, self._portal.call(self._core.activations, handle).stored)
 
+    def request_release(self, handle: desk.Handled | str, *, reason: str, controls: str) -> Ticket:
+        """Asks that stored rows or a fit leave, through the airlock. See `AsyncClient.request_release`."""
+        core = self._portal.call(self._core.request_release, handle, reason=reason, controls=controls)
+        return Ticket(self._portal, core)
+
+    def request_raise(
+        self,
+        model: str,
+        *,
+        life_bits: int | None = None,
+        day_bits: int | None = None,
+        reason: str,
+        controls: str,
+        owner: str | None = None,
+    ) -> Ticket:
+        """Asks for larger limits on a model's lineage. See `AsyncClient.request_raise`."""
+        core = self._portal.call(
+            self._core.request_raise, model, life_bits=life_bits, day_bits=day_bits, reason=reason,
+            controls=controls, owner=owner,
+        )  # fmt: skip
+        return Ticket(self._portal, core)
+
+    def airlock(self, state: a.TicketState | None = None, limit: int = 100) -> tuple[Ticket, ...]:
+        """The newest requests to the airlock that the key sees."""
+        found = self._portal.call(self._core.airlock, state, limit)
+        return tuple(Ticket(self._portal, core) for core in found)
+
+    def ticket(self, ticket_id: str) -> Ticket:
+        """One request to the airlock by its id; for reviewers with all that a decision needs."""
+        return Ticket(self._portal, self._portal.call(self._core.ticket, ticket_id))
+
     def ledger(self) -> r.LedgerView:
         """The calling key's own account."""
         return self._portal.call(self._core.ledger)
+
+    def token(
+        self,
+        *,
+        models: tokens.Words = None,
+        ops: tokens.Words = None,
+        sites: tokens.Words = None,
+        bits: int | None = None,
+        expires: tokens.Until = None,
+        role: Literal["agent"] | None = "agent",
+    ) -> str:
+        """A token that stands for the calling key with less; it is shown this once. See docs/keys.md.
+
+        Args:
+            bits: for life, on each lineage; an account of its own.
+            expires: a moment with a time zone, or how long from now.
+            role: `agent`, or None for a researcher.
+        """
+        verb = self._core.token
+        return self._portal.call(
+            verb, models=models, ops=ops, sites=sites, bits=bits, expires=expires, role=role
+        )
 
     def engine(self) -> about.EngineView:
         """Batch counters; operators only."""
@@ -292,4 +353,4 @@ class Client:
         return Job(self._portal, job, self._sync_results)
 
     def _sync_results(self, results: Results[Any] | SessionResults[Any]) -> Any:
-        return results.rebind(lambda output: Activations(self, aio.stored(output)))
+        return results.rebind(lambda output: Activations(self, Stored.of(output)))

@@ -12,7 +12,7 @@ It knows neither models nor stores: `service` hands it arrays and says where the
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -22,13 +22,13 @@ import numpy.typing as npt
 from sqlalchemy import Connection
 
 from trocar import errors
-from trocar.gate import airlock_records, chain, checks, keys, manifest, packing, plain_text, roles
+from trocar.gate import airlock_records, chain, checks, keys, manifest, plain_text, roles
 from trocar.gate.airlock_desk import OPEN, Desk, Rules, actor_of
 from trocar.gate.airlock_records import Ticket
 from trocar.gate.airlock_request import ExportAsk, ExportFacts, RaiseAsk, RaiseFacts, Request
 from trocar.gate.airlock_states import Action, Actor, Parties, RequestKind, State, first_state
 from trocar.gate.airlock_tables import REQUESTS
-from trocar.gate.checks import Checked, Description, Disposition, ExportTerms
+from trocar.gate.checks import Check, Checked, Description, Disposition, ExportTerms
 from trocar.gate.database import Database
 from trocar.gate.exposures import End, Exposure
 from trocar.gate.keys import Principal
@@ -39,6 +39,7 @@ from trocar.gate.policy import Lineage, Role, Tier
 from trocar.gate.roles import Power
 from trocar.graph import linear_maps
 from trocar.sites import Site
+from trocar.wire import packing
 
 LEAST_REASON: Final = 10
 _ANY_ACCOUNT: Final = (Role.owner, Role.operator)
@@ -131,10 +132,23 @@ class Airlock(Desk):
             raise errors.PolicyRefusal(
                 [
                     errors.refusal("export_refused", reason.path, f"{reason.code.value}: {reason.text}")
-                    for reason in ticket.request.checked.reasons
+                    for reason in checks.told(ticket.request.checked.reasons)
                 ]
             )
         return ticket
+
+    def price_bits(self, caller: Principal, lineage: Lineage, shapes: Iterable[tuple[int, int]]) -> int:
+        """What a release of arrays `[rows, width]` will be charged; asked before any number is read.
+
+        Raises:
+            PolicyRefusal: `export_refused` when they are more than one request may hold.
+        """
+        terms = self._terms(caller, lineage)
+        amount = sum(packing.packed_bytes(rows, width, terms.vector_bits) for rows, width in shapes)
+        if amount > terms.most_bytes:
+            reason = f"{Check.too_many_bytes.value}: {amount} bytes; one request may hold {terms.most_bytes}"
+            raise errors.refuse("export_refused", "parts", reason)
+        return 8 * amount + self._overhead_bits
 
     def submit_raise(self, caller: Principal, ask: RaiseAsk) -> Ticket:
         """Asks for larger limits of an account.
@@ -144,12 +158,22 @@ class Airlock(Desk):
                 an owner or operator asks.
             ProgramError, Overloaded: as `submit`.
         """
-        Payer(ask.owner, ask.limits)  # refuses what is no owner
+        self.require_own(caller, ask.owner)
+        return self._enter(caller, ask, RaiseFacts(ask.owner, ask.limits), lambda: b"", ExportTerms())
+
+    @staticmethod
+    def require_own(caller: Principal, owner: str) -> None:
+        """Refuses an account for which the caller may not ask.
+
+        Raises:
+            PolicyRefusal: `not_allowed`.
+            ProgramError: `bad_value` for what is no account.
+        """
+        Payer(owner, Limits(None))  # refuses what is no owner
         actor = actor_of(caller)
         own = (f"key:{actor.key_id}", f"project:{actor.project}")
-        if ask.owner not in own and actor.role not in _ANY_ACCOUNT:
+        if owner not in own and actor.role not in _ANY_ACCOUNT:
             raise errors.refuse("not_allowed", "owner", "a researcher asks for the own key or project")
-        return self._enter(caller, ask, RaiseFacts(ask.owner, ask.limits), lambda: b"", ExportTerms())
 
     def release(self, caller: Principal, request_id: str) -> Export:
         """Charges an approved export and hands out its file; again, for nothing, when it had left before.
@@ -182,7 +206,7 @@ class Airlock(Desk):
         frozen: Callable[[], bytes],
         terms: ExportTerms,
     ) -> Ticket:
-        actor = self._author(caller, ask)
+        actor = self.author(caller, ask.lineage, ask.reason, ask.controls)
         self.expire_old()
         with self._database.write() as connection:
             keys.require_current(connection, caller)
@@ -198,12 +222,19 @@ class Airlock(Desk):
             state = first_state(parties, failed=failed)
             return airlock_records.enter(connection, request, state, b"" if failed else frozen(), now_ms)
 
-    def _author(self, caller: Principal, ask: ExportAsk | RaiseAsk) -> Actor:
-        plain_text.require(ask.reason, "reason", least=LEAST_REASON)
-        plain_text.require(ask.controls, "controls", least=LEAST_REASON)
+    @staticmethod
+    def author(caller: Principal, lineage: Lineage, reason: str, controls: str) -> Actor:
+        """Who asks, and whether they may ask with these words; asked before anything is spent.
+
+        Raises:
+            PolicyRefusal: `not_allowed`.
+            ProgramError: `bad_value`.
+        """
+        plain_text.require(reason, "reason", least=LEAST_REASON)
+        plain_text.require(controls, "controls", least=LEAST_REASON)
         actor = actor_of(caller)
         roles.require(caller.role, Power.run)
-        if caller.tier is Tier.open and ask.lineage.cap is not None:
+        if caller.tier is Tier.open and lineage.cap is not None:
             raise errors.refuse(
                 "not_allowed", "", "the weights are not open, and the key's tier 'open' has no cap"
             )
@@ -296,7 +327,8 @@ class Airlock(Desk):
 
 
 def _frozen(ask: ExportAsk, terms: ExportTerms) -> bytes:
-    return b"".join(packing.pack(sent.rows, terms.vector_bits) for sent in ask.parts)
+    packed = (packing.pack(sent.rows, terms.vector_bits) for sent in ask.parts)
+    return b"".join(map(packing.to_bytes, packed))
 
 
 def _left_before(connection: Connection, lineage: Lineage) -> tuple[Site, ...]:
@@ -318,12 +350,13 @@ def _exposure(lineage: Lineage, what: ExportFacts) -> Exposure:
 
 
 def _tensors(what: ExportFacts, frozen: bytes) -> dict[str, npt.NDArray[np.generic]]:
-    """The frozen bytes as named arrays, without a copy."""
+    """The frozen bytes as named arrays: codes as they are, and of each row's scale what a step is worth."""
     tensors: dict[str, npt.NDArray[np.generic]] = {}
     start = 0
     for part in what.parts:
         size = packing.packed_bytes(part.rows, part.width, what.bits)
-        scales, codes = packing.split(frozen[start : start + size], part.rows, part.width, what.bits)
-        tensors |= {f"{part.name}:codes": codes, f"{part.name}:scales": scales}
+        packed = packing.from_bytes(frozen[start : start + size], part.rows, part.width, what.bits)
+        tensors[f"{part.name}:codes"] = packing.codes(packed, part.width, what.bits)
+        tensors[f"{part.name}:scales"] = packing.step_of(packed.scales, what.bits)
         start += size
     return tensors

@@ -253,8 +253,9 @@ def _agrees(pair: RowMapping) -> bool:
     admitted = (pair["in_key_id"], pair["in_lineage"], pair["in_held_bits"], pair["in_digest"])
     if admitted != (*owner, reserved, pair["request_digest"]):
         return False
-    owners = chain.canonical(json.loads(pair["in_detail"])["owners"])
-    if (owners, pair["in_request_id"]) != (pair["owners"], pair["request_id"]):
+    detail = json.loads(pair["in_detail"])
+    payers, tokens = (chain.canonical(detail.get(name, [])) for name in ("owners", "tokens"))
+    if (payers, tokens, pair["in_request_id"]) != (pair["owners"], pair["tokens"], pair["request_id"]):
         return False
     end = tuple(pair[f"out_{n}"] for n in _COLUMNS)
     ending = (pair["state"], *owner, -reserved, pair["spent_bits"], pair["payload_digest"])

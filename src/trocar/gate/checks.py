@@ -8,7 +8,7 @@ that is the ledger, which charges every bit whatever the checks said.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -16,15 +16,20 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from trocar.gate import packing, plain_text
+from trocar import errors
+from trocar.gate import plain_text
 from trocar.graph import linear_maps
 from trocar.graph.labels import Label
 from trocar.graph.linear_maps import LINEAR_MAPS, LinearMap
 from trocar.sites import Site
+from trocar.wire import packing
 
+WIDTHS: Final = (4, 8)
+"""Bits of one number that may leave: none is finer, whatever the tier."""
 MOST_PARTS: Final = 1024
 MOST_TEXTS: Final = 256
 _FEW_ROWS: Final = 8
+_BLOCK: Final = 256
 _ONE_HOT: Final = 0.99
 """A column is like a unit vector when one number holds this share of its squares."""
 
@@ -89,6 +94,11 @@ class Check(StrEnum):
     linear_map_earlier = "linear_map_earlier"
 
 
+FROM_NUMBERS: Final = {
+    Check.not_finite: "some numbers are NaN or infinite",
+    Check.one_hot: "columns look like unit vectors: were the inputs chosen?",
+}
+"""What is found in the numbers themselves; everything else follows from the request."""
 _FAILS: Final[dict[Origin, tuple[Check, str]]] = {
     Origin.activation_fit: (
         Check.activation_targets,
@@ -104,7 +114,7 @@ class Numbers:
     """What the checks know of a part's numbers.
 
     Attributes:
-        finite: whether all of them are.
+        finite: whether all of them are, and none is too large to be rounded.
         one_hot_columns: columns in which a single number is nearly all.
     """
 
@@ -161,6 +171,7 @@ class ExportTerms:
         most_bytes: nothing larger leaves in one request.
         maps: pairs of sites of which one request may hold one.
         rows_reviewed: whether people look at rows, whatever else is found.
+        one_hot_reviewed: whether people look at columns that are like unit vectors.
     """
 
     first_raw_layer: int = 2
@@ -171,9 +182,13 @@ class ExportTerms:
     most_bytes: int = 64_000_000
     maps: tuple[LinearMap, ...] = LINEAR_MAPS
     rows_reviewed: bool = True
+    one_hot_reviewed: bool = True
 
     def __post_init__(self) -> None:
-        packing.row_bytes(1, self.vector_bits)
+        if self.vector_bits not in WIDTHS:
+            raise errors.refuse(
+                "bad_value", "bits", f"a number leaves in 4 or 8 bits, not {self.vector_bits!r}"
+            )
 
     def packed_bytes(self, description: Description) -> int:
         """Bytes of all parts as they would leave."""
@@ -206,14 +221,23 @@ def check(description: Description, terms: ExportTerms) -> Checked:
     return Checked(Disposition.review if doubts else Disposition.passed, doubts)
 
 
+def told(reasons: Sequence[Reason]) -> tuple[Reason, ...]:
+    """What an author may know: a thing found in numbers is named once, without where and how often."""
+    found = (Reason(r.code, "parts", FROM_NUMBERS[r.code]) if r.code in FROM_NUMBERS else r for r in reasons)
+    return tuple(dict.fromkeys(found))
+
+
 def measure(values: npt.NDArray[Any]) -> Numbers:
     """The facts about an array `[rows, width]` that the checks use."""
-    if not np.isfinite(values).all():
+    if not (np.abs(values) < packing.LARGEST).all():  # also true for NaN
         return Numbers(finite=False, one_hot_columns=0)
     if len(values) < _FEW_ROWS:
         return Numbers(finite=True, one_hot_columns=0)
-    squares = values.astype(np.float64) ** 2
-    alone = (squares.max(axis=0) >= _ONE_HOT * squares.sum(axis=0)) & (squares.max(axis=0) > 0)
+    most, total = np.zeros(values.shape[1]), np.zeros(values.shape[1])
+    for i in range(0, len(values), _BLOCK):  # in between, a number takes eight bytes
+        squares = values[i : i + _BLOCK].astype(np.float64) ** 2
+        most, total = np.maximum(most, squares.max(axis=0)), total + squares.sum(axis=0)
+    alone = (most >= _ONE_HOT * total) & (most > 0)
     return Numbers(finite=True, one_hot_columns=int(alone.sum()))
 
 
@@ -238,13 +262,14 @@ def _part_fails(part: Part, kind: ExportKind, terms: ExportTerms) -> Iterator[tu
             Check.wrong_origin,
             f"{part.origin.value!r} numbers do not leave in a request for {kind.value!r}",
         )
-    if part.label >= Label.GRAD:
+    mapped = part.origin is Origin.activation_fit and terms.own_targets
+    if part.label >= Label.GRAD and not mapped:
         yield Check.label, f"numbers of the label {part.label.name} never leave"
-    if part.origin in _FAILS and not (part.origin is Origin.activation_fit and terms.own_targets):
+    if part.origin in _FAILS and not mapped:
         code, why = _FAILS[part.origin]
         yield code, f"the part {why}"
     if not part.numbers.finite:
-        yield Check.not_finite, "some numbers are NaN or infinite"
+        yield Check.not_finite, FROM_NUMBERS[Check.not_finite]
     if part.site is not None and part.site.name == "logits":
         yield Check.logits, "logits of the whole vocabulary give the unembedding away"
     if kind is ExportKind.rows:
@@ -322,7 +347,7 @@ def _doubts(description: Description, terms: ExportTerms) -> Iterator[Reason]:
 def _part_doubts(part: Part, path: str, terms: ExportTerms) -> Iterator[Reason]:
     if part.origin is Origin.trained:
         yield Reason(Check.trained, path, "what was trained on activations may hold much of the layer")
-    if part.numbers.one_hot_columns:
+    if part.numbers.one_hot_columns and terms.one_hot_reviewed:
         count = part.numbers.one_hot_columns
         yield Reason(Check.one_hot, path, f"{count} columns look like unit vectors: were the inputs chosen?")
     if part.site is not None and _early(part.site, terms):

@@ -7,11 +7,13 @@ prices, payers and limits here; what they mean, the other files of this room kno
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from trocar import errors
 from trocar.gate import chain, policy_log, release, roles
@@ -23,13 +25,14 @@ from trocar.gate.checks import ExportTerms
 from trocar.gate.database import Database
 from trocar.gate.exposures import Direction, End, Exposure
 from trocar.gate.handles import Handles
-from trocar.gate.keys import Keys, Principal
+from trocar.gate.keys import Keys, NewToken, Principal
 from trocar.gate.ledger import Ledger, Replay, Reservation
 from trocar.gate.limits import Limits, Payer
 from trocar.gate.manifest import SigningKey
 from trocar.gate.policy import Lineage, Policy, Tier
 from trocar.gate.release import Press, Priced, Released
 from trocar.gate.roles import Power
+from trocar.gate.scopes import Scope
 from trocar.gate.use import Use
 from trocar.graph import linear_maps
 from trocar.graph.cost import Cost, Prices
@@ -38,6 +41,9 @@ from trocar.sites import parse
 from trocar.wire import results as r
 
 ACCOUNT_ENTRIES: Final = 1000
+SIGNING_FILE: Final = "tokens.key"
+"""The file of the secret that signs tokens; see `tokens.py`."""
+
 _DAY_MS: Final = 86_400_000
 
 
@@ -60,10 +66,12 @@ class Gate:
         policy: prices, limits and rules.
         cap: tier that caps a lineage over all keys when its weights are not open; the policy's when None.
         anchors: a second place, where heads of the log are written down; None for none.
-        secrets: folder of the key that signs exports; None for a key that lives as long as this object.
+        secrets: folder of the secrets that sign exports and tokens; None for an export key that lives as long as this
+            object, and no tokens.
 
     Raises:
-        PolicyRefusal: `policy_loosened` for a policy that lets more leave than the last one, without approvals.
+        PolicyRefusal: `policy_loosened` for a policy that lets more leave than the last one, without approvals;
+            `limit_changed` for another `lineage_tier`.
         ServerFault: `ledger_unavailable`, `ledger_rolled_back`.
     """
 
@@ -78,24 +86,26 @@ class Gate:
     ) -> None:
         self.policy = policy or Policy()
         self._cap = Tier(self.policy.data.lineage_tier) if cap is None else cap
-        self._secrets = secrets
-        self._database = Database(url)
-        try:
+        self._token_root = None if secrets is None else secrets / SIGNING_FILE
+        self._changing = threading.Lock()
+        with ExitStack() as opened:
+            self._database = Database(url)
+            opened.callback(self._database.close)
             self.keys = Keys(self._database)
             self.handles = Handles(self._database)
             self.ledger = Ledger(self._database, overhead_bits=self.policy.overhead_bits, anchors=anchors)
+            opened.callback(self.ledger.close)
+            self._signer = SigningKey.made() if secrets is None else SigningKey.in_folder(secrets)
             policy_log.adopt(self._database, self.policy)
-            self.airlock = self._airlock(secrets)
-        except BaseException:
-            self._database.close()
-            raise
+            self.airlock = self._airlock()
+            self._opened = opened.pop_all()
 
-    def _airlock(self, secrets: Path | None) -> Airlock:
+    def _airlock(self) -> Airlock:
         said = self.policy.outputs.airlock
         return Airlock(
             self._database,
             self.ledger,
-            SigningKey.made() if secrets is None else SigningKey.in_folder(secrets),
+            self._signer,
             lambda principal, lineage: Paying(
                 self._payers(principal, lineage), self.policy.lineage_limits(lineage)
             ),
@@ -110,16 +120,18 @@ class Gate:
         """Goes on under another policy; what was admitted before ends at its own prices.
 
         Raises:
-            PolicyRefusal: `policy_loosened`; `limit_changed` for another overhead, which needs a new start.
+            PolicyRefusal: `policy_loosened`; `limit_changed` for another overhead, which needs a new start, or
+                another `lineage_tier`, which needs a new ledger.
         """
         if policy.overhead_bits != self.policy.overhead_bits:
             reason = f"overhead_bits would be {policy.overhead_bits}, not {self.policy.overhead_bits}"
             raise errors.refuse(
                 "limit_changed", "outputs.overhead_bits", reason, next_step="Start the server anew."
             )
-        policy_log.adopt(self._database, policy)
-        self.policy = policy
-        self.airlock = self._airlock(self._secrets)
+        with self._changing:  # what holds is what the log says last
+            policy_log.adopt(self._database, policy)
+            self.policy = policy
+            self.airlock = self._airlock()
 
     # ---- what the policy says of somebody ----
 
@@ -146,6 +158,16 @@ class Gate:
         principal.scope.require_alive(chain.now_ms())
         roles.require(principal.role, power)
 
+    def mint(self, principal: Principal, scope: Scope, role: Literal["agent"] | None) -> NewToken:
+        """Makes a token of the calling key.
+
+        Raises:
+            PolicyRefusal: `not_allowed` where there is no folder for its secret; and what `Keys.mint` raises.
+        """
+        if self._token_root is None:
+            raise errors.refuse("not_allowed", "", "this server signs no tokens: its secret has no place")
+        return self.keys.mint(principal, scope, role, root=self._token_root)
+
     def _payers(self, principal: Principal, lineage: Lineage) -> tuple[Payer, ...]:
         """The caller's key, its project, and every part of its credential that has a limit of its own."""
         own = Payer(f"key:{principal.key_id}", self.policy.limits(principal.tier, lineage))
@@ -161,6 +183,7 @@ class Gate:
             return ExportTerms(
                 first_raw_layer=0, least_blocks=0, own_targets=True, vector_bits=8,
                 review_bytes=said.most_bytes, most_bytes=said.most_bytes, maps=(), rows_reviewed=False,
+                one_hot_reviewed=False,
             )  # fmt: skip
         return ExportTerms(
             first_raw_layer=self.policy.data.first_raw_layer,
@@ -169,6 +192,11 @@ class Gate:
             review_bytes=said.review_bytes,
             most_bytes=said.most_bytes,
         )
+
+    def left_bits(self, principal: Principal, lineage: Lineage) -> int | None:
+        """What the caller can still reserve of a lineage; None when nothing is capped."""
+        payers = self._payers(principal, lineage)
+        return self.ledger.balance(lineage.name, payers, self.policy.lineage_limits(lineage)).left_bits
 
     def budget(self, principal: Principal, facts: ModelFacts) -> r.BudgetView:
         """The caller's budget on a model's lineage: its key's, and the tightest of all that it pays from."""
@@ -185,6 +213,22 @@ class Gate:
         )
 
     # ---- one request ----
+
+    def require_allowed(self, principal: Principal, facts: ModelFacts, cost: Cost, use: Use) -> None:
+        """Refuses what role, tier or scope do not allow, whatever is left of any budget.
+
+        Raises:
+            PolicyRefusal: `out_of_scope`, or `not_allowed` for a role that runs nothing and for an open-tier key on
+                weights that are not open.
+            AuthError: `bad_key`.
+        """
+        roles.require(principal.role, Power.run)
+        if principal.tier is Tier.open and not facts.open_weights:
+            reason = f"the weights of {facts.name!r} are not open, and the key's tier 'open' has no cap"
+            raise errors.refuse("not_allowed", "", reason)
+        principal.scope.require(
+            model=facts.name, ops=use.ops, sites=use.sites, bits=cost.total_bits, now_ms=chain.now_ms()
+        )
 
     def reserve(
         self,
@@ -203,19 +247,11 @@ class Gate:
             use: what it touches and exposes.
 
         Raises:
-            PolicyRefusal: `budget_exhausted`, `rank_exhausted`, `policy`, `out_of_scope`, `lineage_frozen`, or
-                `not_allowed` for a role that runs nothing and for an open-tier key on weights that are not open;
-                nothing is spent.
+            PolicyRefusal: `budget_exhausted`, `rank_exhausted`, `policy`, `lineage_frozen`, and those of
+                `require_allowed`; nothing is spent.
             Conflict: `idempotency_conflict`, `still_running`.
         """
-        roles.require(principal.role, Power.run)
-        if principal.tier is Tier.open and not facts.open_weights:
-            reason = f"the weights of {facts.name!r} are not open, and the key's tier 'open' has no cap"
-            raise errors.refuse("not_allowed", "", reason)
-        now_ms = chain.now_ms()
-        principal.scope.require(
-            model=facts.name, ops=use.ops, sites=use.sites, bits=cost.total_bits, now_ms=now_ms
-        )
+        self.require_allowed(principal, facts, cost, use)
         lineage = self.lineage(facts)
         admitted = self.ledger.reserve(
             principal,
@@ -291,8 +327,7 @@ class Gate:
         return [*self.ledger.check(), *self.airlock.check()]
 
     def close(self) -> None:
-        self.ledger.close()
-        self._database.close()
+        self._opened.close()
 
 
 def _entry(entry: Entry) -> r.LedgerEntryView:

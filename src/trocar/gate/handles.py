@@ -63,7 +63,7 @@ class Handle:
         kind: `activations`, or the kind of fit that made the artifact.
         shapes: by site and array; activations have one array, `rows`, of shape [width].
         counts: rows of each prompt, in prompt order; empty for artifacts.
-        origins: of activations, by site.
+        origins: by site, of activations; of an artifact, of the rows that it was fitted on.
         own_targets: whether an artifact was fitted to activations, and so holds numbers of the weights.
         source: what an artifact was fitted on.
     """

@@ -131,7 +131,15 @@ class Ledger:
         every = with_everyone(payers, limits)
         if self._anchors is not None:
             self._anchors.require_kept()
-        ask = Ask(principal.key_id, lineage.name, bits, request_digest, idempotency_key, request_id)
+        ask = Ask(
+            principal.key_id,
+            lineage.name,
+            bits,
+            request_digest,
+            idempotency_key,
+            request_id,
+            principal.token_ids,
+        )
         while True:
             with self._write() as (connection, now_ms):
                 keys.require_current(connection, principal)
@@ -154,14 +162,15 @@ class Ledger:
 
         Raises:
             ServerFault: `bad_bits` (it stays open: cancel it) or `reservation_closed`.
-            AuthError: `bad_key` when the key was revoked meanwhile (it stays open: cancel it).
+            AuthError: `bad_key` when the key, or a block of the token, was revoked meanwhile (it stays open: cancel
+                it).
             PolicyRefusal: `lineage_frozen` when that happened meanwhile (it stays open: cancel it).
         """
         digest = hashlib.sha256(payload).hexdigest()
         with self._write() as (connection, now_ms):
             row = reservations.running(connection, reservation, self._database.presence.instance)
             self._check_spent(spent_bits, row["reserved_bits"])
-            keys.require_not_revoked(connection, row["key_id"])
+            keys.require_not_revoked(connection, row["key_id"], reservations.token_ids(row))
             accounts.require_not_frozen(connection, row["lineage"])
             reservations.keep(connection, row, payload)
             return reservations.close(

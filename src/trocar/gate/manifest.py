@@ -5,13 +5,12 @@
 The manifest is canonical JSON (sorted keys, ASCII) and holds the SHA-256 of all tensors, with their names and
 shapes, so a signature over it covers the whole file. It is signed with Ed25519 by a key that is made once, in
 the gate's folder, for its owner alone. Anybody with the public key can tell what the gate let out, whatever
-became of the file since. Times are milliseconds since 1970, UTC. This module knows nothing of requests,
-budgets or databases.
+became of the file since (`wire.signed`). Times are milliseconds since 1970, UTC. This module knows nothing of
+requests, budgets or databases.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,22 +18,18 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy.typing as npt
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.numpy import save
 
-from trocar import errors, strict
-from trocar.gate.chain import canonical
+from trocar import errors
 from trocar.gate.database import unavailable
+from trocar.wire import signed
+from trocar.wire.signed import Opened, canonical, verify
 
+__all__ = ["KEY_FILE", "Manifest", "ManifestPart", "Opened", "SigningKey", "build", "tensor_sha256", "verify"]
 KEY_FILE: Final = "airlock.ed25519"
 FORMAT: Final = 1
 _KEY_BYTES: Final = 32
-_LENGTH: Final = 8
-_FIELD: Final = "trocar"
-_METADATA: Final = "__metadata__"
-_MOST_KEYS: Final = 1_000_000
-_MOST_HEADER_BYTES: Final = 10_000_000
 
 Tensors = Mapping[str, npt.NDArray[Any]]
 
@@ -166,90 +161,14 @@ def _read(path: Path) -> bytes:
 
 def tensor_sha256(tensors: Tensors) -> str:
     """SHA-256 of the tensors as `build` lays them out."""
-    return _sha256(*_split(save(dict(tensors))))
+    return signed.sha256(*signed.split(save(dict(tensors))))
 
 
 def build(tensors: Tensors, manifest: Manifest, key: SigningKey) -> bytes:
     """The file: the same tensors and manifest give the same bytes."""
     # one metadata key: the library keeps several in no fixed order
-    signed = canonical({"manifest": asdict(manifest), "signature": key.sign(manifest.text)})
-    raw = bytes(save(dict(tensors), metadata={_FIELD: signed}))
-    if _sha256(*_split(raw)) != manifest.sha256:
+    text = canonical({"manifest": asdict(manifest), "signature": key.sign(manifest.text)})
+    raw = bytes(save(dict(tensors), metadata={signed.FIELD: text}))
+    if signed.sha256(*signed.split(raw)) != manifest.sha256:
         raise errors.refuse("internal", "", "a manifest that is not of these tensors")
     return raw
-
-
-def _sha256(header: Mapping[str, Any], data: bytes) -> str:
-    entries = {name: entry for name, entry in header.items() if name != _METADATA}
-    return hashlib.sha256(canonical(entries).encode("ascii") + b"\n" + data).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A file that was looked at: what it says, and what is wrong with it; trust nothing unless `faults` is empty."""
-
-    manifest: Mapping[str, Any]
-    faults: tuple[str, ...]
-
-
-def verify(raw: bytes, public_key: str) -> Opened:
-    """Compares a file with its manifest, and the manifest with its signature.
-
-    Args:
-        raw: the whole file, from anywhere.
-        public_key: of the gate that is said to have let it out; not taken from the file.
-
-    Raises:
-        ProgramError: `bad_value` for a public key that is none.
-    """
-    try:
-        known = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key))
-    except ValueError:
-        raise errors.refuse("bad_value", "public_key", "a public key is 64 hex digits") from None
-    try:
-        header, data = _split(raw)
-        manifest, signature = _signed(header)
-    except (errors.TrocarError, KeyError, TypeError, ValueError, AttributeError):
-        return Opened({}, ("it is not a file of an airlock",))
-    faults = []
-    if not _is_signed(known, canonical(manifest), signature):
-        faults.append("the manifest was not signed by this gate, or was changed since")
-    if _sha256(header, data) != manifest.get("sha256"):
-        faults.append("the tensors are not those of the manifest")
-    return Opened(manifest, tuple(faults))
-
-
-def _is_signed(key: Ed25519PublicKey, text: str, signature: str) -> bool:
-    try:
-        key.verify(bytes.fromhex(signature), text.encode("ascii"))
-    except (ValueError, InvalidSignature):
-        return False
-    return True
-
-
-def _signed(header: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The manifest and signature in a header; one of many exceptions when they are not where they belong."""
-    metadata = header[_METADATA]
-    if set(metadata) != {_FIELD}:
-        raise TypeError("unsigned words")
-    text = str(metadata[_FIELD])
-    signed = strict.read_json(text.encode(), most_keys=_MOST_KEYS)
-    manifest, signature = signed["manifest"], signed["signature"]
-    # one spelling: what is not covered by the signature must not vary
-    if (
-        canonical({"manifest": manifest, "signature": signature.lower()}) != text
-        or type(manifest) is not dict
-    ):
-        raise TypeError("not canonical")
-    return manifest, signature
-
-
-def _split(raw: bytes) -> tuple[Mapping[str, Any], bytes]:
-    """The header and the tensor bytes of a safetensors file."""
-    length = int.from_bytes(raw[:_LENGTH], "little")
-    if length > min(len(raw) - _LENGTH, _MOST_HEADER_BYTES):
-        raise errors.refuse("bad_tensor", "", "the file is shorter than its header says")
-    header = strict.read_json(raw[_LENGTH : _LENGTH + length], most_keys=_MOST_KEYS)
-    if not isinstance(header, dict):
-        raise errors.refuse("bad_tensor", "", "the file has no header")
-    return header, raw[_LENGTH + length :]

@@ -12,6 +12,7 @@ This module is pure: it knows nothing about keys, databases or what has been spe
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -130,9 +131,10 @@ class Tiers(Strict):
     def _only_open_is_open(self) -> Self:
         for name in ("trusted", "external", "agent"):
             terms: TierTerms = getattr(self, name)
-            if terms.life_ppm is None or terms.rank_ppm is None or not terms.guarded:
+            limited = terms.life_ppm is not None and terms.rank_ppm is not None and terms.tick_ms > 0
+            if not (limited and terms.guarded):
                 raise ValueError(
-                    f"tier {name!r} needs life_ppm, rank_ppm and guarded: only 'open' may do without"
+                    f"tier {name!r} needs life_ppm, rank_ppm, tick_ms and guarded: only 'open' may do without"
                 )
         return self
 
@@ -149,7 +151,12 @@ class People(Strict):
 
 
 class Project(Strict):
-    """`[projects.NAME]`: keys of one project share an account; absent limits: counted, not capped."""
+    """`[projects.NAME]`: keys of one project share an account.
+
+    Attributes:
+        life_ppm: limit of all keys of the project, for life; absent: counted, not capped.
+        day_ppm: limit for a day.
+    """
 
     life_ppm: Ppm | None = None
     day_ppm: Ppm | None = None
@@ -172,7 +179,10 @@ class Data(Strict):
         lineage_tier: tier whose fraction caps all keys together on secret weights.
         lineage_day_ppm: and on one day.
         lineage_rank_ppm: directions of one site's width that all keys together may have scored, ever.
-        first_raw_layer, least_blocks, linear_maps, own_targets: as in `graph.labels.Rules`.
+        first_raw_layer: rows of earlier layers never leave: too close to the tokens.
+        least_blocks: full blocks between a write and rows that leave.
+        linear_maps: whether both ends of one linear map may leave.
+        own_targets: whether maps may be fitted to activations, not to labels alone.
     """
 
     lineage_tier: Literal["trusted", "external", "agent"] = "external"
@@ -217,7 +227,11 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
 class Policy(Strict):
-    """The whole policy; one frozen value per server."""
+    """The whole policy; one frozen value per server.
+
+    Attributes:
+        version: of the file's form.
+    """
 
     version: Literal[1] = 1
     people: People = People()
@@ -277,8 +291,9 @@ class Policy(Strict):
         return max(1, width * self.data.lineage_rank_ppm // _PPM)
 
     def digest(self) -> str:
-        """SHA-256 of the whole policy, defaults included, as hex."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """SHA-256 of the whole policy, defaults included, as hex; the order in which projects stand is none of it."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _limits(life_ppm: int | None, day_ppm: int | None, lineage: Lineage) -> Limits:

@@ -19,9 +19,12 @@ from trocar import errors
 from trocar.gate.policy import Airlock, Data, Outputs, People, Policy, Project, Settings, Tiers, TierTerms
 from trocar.strict import Strict
 
+UNLIMITED: Final = "unlimited"
+"""How a file says that something is counted and not capped."""
+
 
 def read(text: str) -> Policy:
-    """Reads a policy file.
+    """Reads a policy file; a setting that it leaves out has its default.
 
     Raises:
         ProgramError: `bad_policy`, one refusal for each fault, with the place in the file.
@@ -30,7 +33,18 @@ def read(text: str) -> Policy:
         found = tomllib.loads(text)
     except (ValueError, RecursionError) as e:  # also a number, or brackets, without an end
         raise errors.refuse("bad_policy", "$", f"the file is not TOML: {e}") from None
-    return from_json(json.dumps(found, default=str))
+    whole = _over(Policy().model_dump(mode="json"), found)
+    return from_json(json.dumps(whole, default=str))
+
+
+def _over(usual: Any, said: Any) -> Any:
+    """What a file says over the defaults: what it leaves out stays as it is by default."""
+    if isinstance(usual, dict) and isinstance(said, dict):
+        return {
+            name: _over(usual.get(name), said[name]) if name in said else usual[name]
+            for name in {**usual, **said}
+        }
+    return None if said == UNLIMITED else said
 
 
 def from_json(text: str) -> Policy:
@@ -55,31 +69,34 @@ def _fault(found: Any) -> errors.Refusal:
 
 
 def write(policy: Policy) -> str:
-    """A policy as a TOML file, every setting written out; an absent limit is a comment."""
+    """A policy as a TOML file, every setting written out; `read` gives it back."""
     tables: dict[str, list[str]] = {"": [f"version = {policy.version}"]}
     for path, value in settings(policy):
         table, _, name = path.rpartition(".")
         if table:
-            line = f"# {name}: not limited" if value is None else f"{name} = {_toml(value)}"
-            tables.setdefault(table, []).append(line)
+            tables.setdefault(table, []).append(f"{name} = {_toml(UNLIMITED if value is None else value)}")
     parts = [
-        "\n".join([*([f"[{table}]"] if table else []), *lines]) for table, lines in sorted(tables.items())
+        "\n".join([*([f"[{_header(table)}]"] if table else []), *lines])
+        for table, lines in sorted(tables.items())
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _header(table: str) -> str:
+    """The name of a table; that of a project may have dots, which mean something else in TOML."""
+    part, _, name = table.partition(".")
+    return f'{part}."{name}"' if part == _PROJECTS and "." in name else table
 
 
 def _toml(value: Any) -> str:
     return json.dumps(value) if isinstance(value, str | bool) else str(value)
 
 
-def meanings() -> dict[str, str]:
-    """What each setting means, by its place; read from the docstrings of `policy`."""
-    found: dict[str, str] = {}
-    for prefix, model in _PARTS.items():
-        for name, text in _attributes(model.__doc__ or "").items():
-            if name in model.model_fields:
-                found[f"{prefix}.{name}"] = text
-    return found
+def meaning(path: str) -> str:
+    """What the setting at a place means: the words of its docstring in `policy`."""
+    part, _, name = path.rpartition(".")
+    model = Project if part.partition(".")[0] == _PROJECTS else _PARTS[part]
+    return _attributes(model.__doc__ or "")[name]
 
 
 def _attributes(doc: str) -> dict[str, str]:
@@ -97,7 +114,9 @@ def _attributes(doc: str) -> dict[str, str]:
 
 
 _ATTRIBUTE: Final = re.compile(r" {8}(\w+(?:, \w+)*): (.*)")
+_PROJECTS: Final = "projects"
 _PARTS: Final[Mapping[str, type[Strict]]] = {
+    "": Policy,
     "people": People,
     **{f"people.tiers.{name}": TierTerms for name in Tiers.model_fields},
     "settings": Settings,

@@ -3,6 +3,7 @@
 The first policy of a ledger is taken as it is. A later one may be tighter without asking. If any setting is looser
 (`policy_file.changes` says which), two holders must have approved exactly that policy, by its digest, an owner
 among them; otherwise the server does not start, and the budget that somebody wanted to widen alone stays as it was.
+An approval is good for one change: a policy that was tightened since is not loosened again by what was said before.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Final
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, func, select
 
 from trocar import errors
 from trocar.gate import chain, keys, policy_file, roles
@@ -40,11 +41,15 @@ def adopt(database: Database, policy: Policy) -> tuple[Change, ...]:
     """Makes a policy the one that holds; gives the changes. The same policy again changes nothing.
 
     Raises:
-        PolicyRefusal: `policy_loosened`, one refusal for each setting that is looser and was not approved.
+        PolicyRefusal: `policy_loosened`, one refusal for each setting that is looser and was not approved;
+            `limit_changed` for another `lineage_tier`, which is fixed when a ledger first meets a secret.
+        ProgramError: `bad_policy` when the last policy cannot be read, and this one was not approved either.
     """
     with database.write() as connection:
-        was = current(connection)
+        was = _last(connection, policy)
         changed = () if was is None else policy_file.changes(was, policy)
+        if was is not None and was.data.lineage_tier != policy.data.lineage_tier:
+            raise _fixed(was, policy)
         loose = [change for change in changed if change.looser]
         if loose and not _approved(connection, policy):
             raise errors.PolicyRefusal([_loosened(change, policy) for change in loose[:20]])
@@ -54,6 +59,22 @@ def adopt(database: Database, policy: Policy) -> tuple[Change, ...]:
                 connection, Kind.policy_changed, digest=policy.digest(), detail=detail, time_ms=chain.now_ms()
             )
         return changed
+
+
+def _last(connection: Connection, policy: Policy) -> Policy | None:
+    """The policy to compare with; one that nobody can read any more is replaced by an approved one only."""
+    try:
+        return current(connection)
+    except errors.ProgramError:
+        if _approved(connection, policy):
+            return None
+        raise
+
+
+def _fixed(was: Policy, policy: Policy) -> errors.TrocarError:
+    reason = f"lineage_tier was {was.data.lineage_tier!r} and would be {policy.data.lineage_tier!r}"
+    step = "Change the fractions of the tier instead; another lineage_tier needs a new ledger."
+    return errors.refuse("limit_changed", "data.lineage_tier", reason, next_step=step)
 
 
 def approve(database: Database, principal: Principal, policy: Policy) -> int:
@@ -68,7 +89,8 @@ def approve(database: Database, principal: Principal, policy: Policy) -> int:
     with database.write() as connection:
         keys.require_current(connection, principal)
         found = _approvals(connection, policy)
-        if principal.holder not in found:
+        said = found.get(principal.holder)
+        if said is None or (principal.role is Role.owner and said is not Role.owner):
             detail: dict[str, str] = {"holder": principal.holder, "role": principal.role.value}
             chain.append(
                 connection,
@@ -81,11 +103,16 @@ def approve(database: Database, principal: Principal, policy: Policy) -> int:
         return len({*found, principal.holder})
 
 
-def _approvals(connection: Connection, policy: Policy) -> dict[str, str]:
-    """Roles by holder, of everybody who agreed to exactly this policy."""
-    query = select(LOG.c.detail).where(LOG.c.kind == Kind.policy_approved, LOG.c.digest == policy.digest())
-    told = [json.loads(detail) for detail in connection.execute(query).scalars()]
-    return {t["holder"]: t["role"] for t in told}
+def _approvals(connection: Connection, policy: Policy) -> dict[str, Role]:
+    """Roles by holder, of everybody who agreed to exactly this policy since the last one was taken."""
+    changed = select(func.coalesce(func.max(LOG.c.seq), 0)).where(LOG.c.kind == Kind.policy_changed)
+    query = select(LOG.c.detail).where(
+        LOG.c.kind == Kind.policy_approved,
+        LOG.c.digest == policy.digest(),
+        LOG.c.seq > changed.scalar_subquery(),
+    )
+    told = [json.loads(detail) for detail in connection.execute(query.order_by(LOG.c.seq)).scalars()]
+    return {t["holder"]: Role(t["role"]) for t in told}
 
 
 def _approved(connection: Connection, policy: Policy) -> bool:

@@ -22,23 +22,27 @@ from trocar.strict import Strict
 from trocar.wire import results as r
 
 _SEAL: Final = object()
+JSON: Final = "application/json"
+FILE: Final = "application/octet-stream"
 
 
 class Released:
     """Bytes that may leave, with what they cost. Made only by this module.
 
     Attributes:
-        payload: canonical JSON.
+        payload: canonical JSON, or a file of the airlock.
         status: how the answer ends, as an HTTP status.
         charge: the ledger's entry, None for public answers.
         retry_after_s: when a refusal for lack of room may go through.
+        media_type: of the payload.
     """
 
-    __slots__ = ("charge", "payload", "retry_after_s", "status")
+    __slots__ = ("charge", "media_type", "payload", "retry_after_s", "status")
     payload: bytes
     status: int
     charge: r.Charge | None
     retry_after_s: int | None
+    media_type: str
 
     def __init__(
         self,
@@ -47,10 +51,12 @@ class Released:
         status: int,
         charge: r.Charge | None,
         retry_after_s: int | None = None,
+        media_type: str = JSON,
     ) -> None:
         if seal is not _SEAL:
             raise TypeError("only trocar.gate.release makes Released values")
         named = {"payload": payload, "status": status, "charge": charge, "retry_after_s": retry_after_s}
+        named["media_type"] = media_type
         for name, value in named.items():
             object.__setattr__(self, name, value)
 
@@ -160,6 +166,10 @@ class Press:
         final = result.model_copy(update={"outputs": outputs, "receipt": receipt})
         return Priced(_encode(final, _absent(final)), sum(counts.values()))
 
+    def ticket(self, view: r.Public, cost: Cost) -> Priced:
+        """What became of a request to the airlock: its whole price, whatever is said of its numbers."""
+        return Priced(_encode(view), cost.total_bits)
+
     @property
     def precision(self) -> r.Precision:
         coder = self.coder
@@ -237,11 +247,20 @@ def replay(payload: bytes, charge: r.Charge) -> Released:
     return Released(_SEAL, payload, 200, charge)
 
 
+def exported(payload: bytes, charge: r.Charge) -> Released:
+    """A file of the airlock, which charged it before it gave it."""
+    return Released(_SEAL, payload, 200, charge, media_type=FILE)
+
+
 def forwarded(
-    payload: bytes, status: int, charge: r.Charge | None = None, retry_after_s: int | None = None
+    payload: bytes,
+    status: int,
+    charge: r.Charge | None = None,
+    retry_after_s: int | None = None,
+    media_type: str = JSON,
 ) -> Released:
     """What a gate in another process made, in the process that speaks HTTP for it: nothing is added there."""
-    return Released(_SEAL, payload, status, charge, retry_after_s)
+    return Released(_SEAL, payload, status, charge, retry_after_s, media_type)
 
 
 def _encode(model: Strict, absent: dict[str, Any] | None = None) -> bytes:

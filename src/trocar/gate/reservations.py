@@ -73,7 +73,7 @@ class Charge:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a caller asks to have admitted."""
+    """What a caller asks to have admitted; `token_ids` are the blocks of the token that stands for the key."""
 
     key_id: KeyId
     lineage: str
@@ -81,6 +81,7 @@ class Ask:
     request_digest: str
     idempotency_key: str | None
     request_id: str
+    token_ids: tuple[str, ...] = ()
 
 
 def admit(
@@ -106,9 +107,15 @@ def admit(
         "request_digest": ask.request_digest,
         "payload_digest": "",
         "owners": chain.canonical(list(owners)),
+        "tokens": chain.canonical(list(ask.token_ids)),
         "request_id": ask.request_id,
     }
     connection.execute(_ADD, row)
+    detail: dict[str, Json] = {"owners": list(owners)}
+    if ask.token_ids:
+        detail["tokens"] = list(ask.token_ids)
+    if exposed:
+        detail["exposed"] = exposed
     chain.append(
         connection,
         Kind.admitted,
@@ -118,7 +125,7 @@ def admit(
         request_id=ask.request_id,
         held_bits=ask.bits,
         digest=ask.request_digest,
-        detail={"owners": list(owners), **({"exposed": exposed} if exposed else {})},
+        detail=detail,
         time_ms=now_ms,
     )
     return reservation
@@ -135,6 +142,12 @@ def running(connection: Connection, reservation: Reservation, instance: str) -> 
     if row is None:
         raise errors.refuse("reservation_closed", "", f"reservation {reservation.id} is not open here")
     return row
+
+
+def token_ids(row: RowMapping) -> list[str]:
+    """The blocks of the token that asked; none for a key itself."""
+    found: list[str] = json.loads(row["tokens"])
+    return found
 
 
 def still_open(connection: Connection) -> Sequence[RowMapping]:

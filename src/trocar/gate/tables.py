@@ -105,6 +105,7 @@ RESERVATIONS: Final = Table(
     Column("request_digest", String(64), nullable=False),
     Column("payload_digest", String(64), nullable=False),
     Column("owners", String, nullable=False),
+    Column("tokens", String, nullable=False),
     Column("request_id", String(64), nullable=False),
     UniqueConstraint("key_id", "idempotency_key"),
     CheckConstraint("spent_bits >= 0 AND spent_bits <= reserved_bits", name="within_reservation"),

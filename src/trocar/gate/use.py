@@ -14,7 +14,7 @@ class Use:
     """One request.
 
     Attributes:
-        ops: every op, by the JSON path where it stands; a fit is the op `fit`.
+        ops: every op, by the JSON path where it stands; a fit is the op `fit`, the airlock `export`.
         sites: every place, by JSON path, written out.
         directions: what is computed from rows and leaves.
         exported: sites whose rows leave as they are, and whether position 0 is among them.

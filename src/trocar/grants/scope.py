@@ -27,8 +27,10 @@ MAX_WHOLE: Final = 2**62
 """Largest amount of bits and latest moment; both fit a signed 64-bit column."""
 FIT: Final = "fit"
 """What a scope calls a fit on stored rows, which is a request of its own and no node of a program."""
+EXPORT: Final = "export"
+"""And the airlock: asking for an export or for larger limits, following such a request, fetching its file."""
 
-_OPS: Final = frozenset({*SPEC, FIT, *(op.partition(".")[0] for op in SPEC if "." in op)})
+_OPS: Final = frozenset({*SPEC, FIT, EXPORT, *(op.partition(".")[0] for op in SPEC if "." in op)})
 _MODEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,199}")
 _PARTS: Final = ("models", "ops", "sites")
 
@@ -39,7 +41,7 @@ class Scope:
 
     Attributes:
         models: names of served models.
-        ops: ops of programs, families of them (`edit`), and `fit`.
+        ops: ops of programs, families of them (`edit`), `fit` and `export`.
         sites: places (`resid_post.12`) and families (`resid_post`).
         most_bits: most bits, for life, on each lineage.
         expires_ms: first moment at which it is worth nothing, in milliseconds since 1970.

@@ -24,6 +24,7 @@ MAX_FLOPS: Final = 10**16
 MAX_NODE_PROMPTS: Final = 1_000_000
 MAX_REFUSALS: Final = 20
 MAX_HELD_BYTES: Final = 1 << 30
+MAX_REFERENCES: Final = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +147,12 @@ def _check_prompts(scope: Scope) -> None:
 
 def _check_size(program: Program, scope: Scope) -> None:
     """Bounds the checker's own work before it starts."""
+    references = sum(len(of) for n in program.nodes if isinstance(of := getattr(n, "of", None), tuple))
+    if references > MAX_REFERENCES:
+        raise errors.refuse(
+            "too_many_nodes", "program.nodes",
+            f"the outputs name {references} values; one program names at most {MAX_REFERENCES}",
+        )  # fmt: skip
     size = len(program.nodes) * len(scope.lengths)
     if size > MAX_NODE_PROMPTS:
         raise errors.refuse(
@@ -262,8 +269,8 @@ def _price(program: Program, walk: Walk, depth: int, prices: Prices) -> Cost:
         row = SPEC[node.op]
         if row.bits is not None:
             bits[node.id] = row.bits(node, walk, prices)
-        if row.flops is not None:
-            flops += row.flops(node, walk)
+        if row.work is not None:
+            flops += row.work(node, walk)
         if row.stored is not None:
             stored += row.stored(node, walk)
     reads = [walk.values[n.id] for n in program.nodes if n.op == "read"]

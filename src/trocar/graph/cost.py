@@ -172,6 +172,25 @@ def metric_flops(node: ops.Metric, walk: Walk) -> int:
     return _head_flops(walk.selections[node.at].most_rows * (1 if node.to is None else 2), walk)
 
 
+def matmul_flops(node: ops.MatMul, walk: Walk) -> int:
+    a, b = walk.values[node.a], walk.values[node.b]
+    return 2 * rows_of(a, walk) * b.height * b.width
+
+
+def row_flops(node: ops.Node, walk: Walk) -> int:
+    """Of arithmetic that goes once over the rows of its operands."""
+    given = (getattr(node, name, None) for name in ("of", "a", "b", "by", "cond"))
+    values = [walk.values[ref] for ref in given if isinstance(ref, str)]
+    return 2 * sum(rows_of(v, walk) * v.width for v in values)
+
+
+def edit_flops(node: ops.EditNode, walk: Walk) -> int:
+    """Of a few passes over the rows that it writes; a low-rank map multiplies them twice."""
+    rows, width = walk.selections[node.at].most_rows, walk.scope.model.width(walk.site(node.site, ""))
+    rank = walk.values[node.down].width if isinstance(node, ops.EditAffine) else 1
+    return 4 * rows * width * rank
+
+
 def encode_flops(node: ops.Encode, walk: Walk) -> int:
     of, dictionary = walk.values[node.of], walk.values[node.sae]
     return 2 * rows_of(of, walk) * dictionary.width * dictionary.features

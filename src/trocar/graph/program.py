@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -90,7 +90,7 @@ class Generation(Strict):
 class Program(Strict):
     """A typed graph of reads, edits and outputs."""
 
-    version: Literal[1] = 1
+    version: Annotated[int, Field(ge=1, le=1)] = 1
     nodes: Annotated[tuple[Node, ...], Field(min_length=1, max_length=MAX_NODES)]
 
     def digest(self) -> str:

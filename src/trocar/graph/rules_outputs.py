@@ -17,6 +17,10 @@ def _same_rows(refs: Sequence[str], walk: Walk, path: str) -> list[Value]:
     values = [walk.values[r] for r in refs]
     first = values[0]
     for i, value in enumerate(values[1:], start=1):
+        if refs[i] in refs[:i]:
+            raise errors.refuse(
+                "duplicate_id", f"{path}.of[{i}]", f"{refs[i]!r} is named twice, and would be charged twice"
+            )
         if (value.kind, value.at, value.counts) != (first.kind, first.at, first.counts):
             raise errors.refuse(
                 "rows_mismatch", f"{path}.of[{i}]", f"{refs[i]!r} and {refs[0]!r} select different tokens"

@@ -58,7 +58,7 @@ class OpSpec:
         declassifier: how a result leaves.
         bits: most bits released, for outputs.
         unit: what is charged, in words, for the docs.
-        flops: work beside the pass itself.
+        flops: work beside the pass itself; see `work`.
         stored: bytes added to the store.
         lane: where it runs: A is the shared batch, A* the same with attention patterns written out.
     """
@@ -75,6 +75,12 @@ class OpSpec:
     lane: Lane = "A"
     flops: Callable[[Any, Walk], int] | None = None
     stored: Callable[[Any, Walk], int] | None = None
+
+    @property
+    def work(self) -> Callable[[Any, Walk], int] | None:
+        """Floating-point operations beside the pass: of its own, or of every op of its group."""
+        usual = {"arithmetic": cost.row_flops, "edit": cost.edit_flops}
+        return self.flops or usual.get(self.group)
 
     @property
     def label(self) -> Gives:
@@ -102,7 +108,10 @@ _ARITHMETIC: Final = (
     OpSpec("sub", ops.Sub, "arithmetic", arith.add, WIDEST, AB),
     OpSpec("scale", ops.Scale, "arithmetic", arith.scale, WIDEST, {"of": ANY, "by": NUMBERS}),
     OpSpec("dot", ops.Dot, "arithmetic", arith.dot, "scalars or prompt_scalars", {"a": WIDE, "b": WIDE}),
-    OpSpec("matmul", ops.MatMul, "arithmetic", arith.matmul, "a's kind", {"a": WIDE, "b": MATRIX}),
+    OpSpec(
+        "matmul", ops.MatMul, "arithmetic", arith.matmul, "a's kind", {"a": WIDE, "b": MATRIX},
+        flops=cost.matmul_flops,
+    ),
     OpSpec("norm", ops.Norm, "arithmetic", arith.norm, "scalars or prompt_scalars", {"of": ROWLIKE}),
     OpSpec("normalize", ops.Normalize, "arithmetic", arith.rowwise, "the operand's kind", {"of": WIDE}),
     OpSpec("relu", ops.Relu, "arithmetic", arith.rowwise, "the operand's kind", {"of": ANY}),

@@ -48,6 +48,7 @@ def assemble(
     threads: int | None = None,
     step_tokens: int | None = None,
     kv_bytes: int | None = None,
+    tenant_bytes: int | None = None,
 ) -> Assembly:
     """Loads and validates the models, opens the store, and joins them.
 
@@ -58,6 +59,7 @@ def assemble(
         threads: torch threads for the whole process; unchanged when None.
         step_tokens: rows of one forward pass, of each engine; the engine's default when None.
         kv_bytes: memory for keys and values, of each engine; the engine's default when None.
+        tenant_bytes: what one tenant may keep in the store; None for no limit.
 
     Raises:
         NotFound, RunFailed: as `models.load`.
@@ -65,7 +67,7 @@ def assemble(
     """
     with ExitStack() as undo:
         engines = open_engines(refs, undo, threads=threads, step_tokens=step_tokens, kv_bytes=kv_bytes)
-        opened = Store(store)
+        opened = Store(store, quota_bytes=tenant_bytes)
         undo.callback(opened.close)
         service = local_service(engines, opened, gate)
         undo.pop_all()

@@ -21,6 +21,7 @@ from trocar.gate.schema import Arrays
 from trocar.graph.cost import STORED_BYTES_PER_NUMBER, Cost, Prices
 from trocar.graph.labels import Rules
 from trocar.graph.program import canonical
+from trocar.service import faults
 from trocar.service.jobs import Job, Jobs
 from trocar.service.metrics import METRICS
 from trocar.service.steps import UNSAID
@@ -152,7 +153,9 @@ class Fit:
 
     def work(self, job: Job) -> Released:
         try:
-            made = self._result(self.model.worker.fit(self._order(), self.jobs.watch(job)))
+            with faults.reworded(self.model.facts, frozenset(self.ask.of.shapes)):
+                found = self.model.worker.fit(self._order(), self.jobs.watch(job))
+            made = self._result(found)
             self.gate.handles.add((self._handle(),))
             return self.gate.release(self.hold, lambda press: press.fit(made, self.hold.cost))
         except BaseException:
@@ -186,6 +189,7 @@ class Fit:
             facts.name,
             facts.fingerprint,
             ask.shapes,
+            origins=ask.of.origins,
             own_targets=ask.target is not None,
             source=ask.of.id,
         )

@@ -11,6 +11,7 @@ import secrets
 import statistics
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ KEEP_S: Final = 3600.0
 MAX_UNFINISHED_PER_TENANT: Final = 64
 RECENT: Final = 16
 MAX_FINISHED_PER_TENANT: Final = 256
+MAX_WAITING_PER_TENANT: Final = 64
 WORKERS: Final[dict[Kind, int]] = {"run": 256, "fit": 1, "session": 64}  # runs only wait for the engine
 
 
@@ -74,7 +76,9 @@ class Jobs:
     def __init__(self) -> None:
         self._jobs: dict[JobId, Job] = {}
         self._changed = threading.Condition()
+        self._waiting: Counter[str] = Counter()
         self._closing = False
+        self._hurry = threading.Event()
         self._pools = {
             kind: ThreadPoolExecutor(n, thread_name_prefix=f"trocar-{kind}") for kind, n in WORKERS.items()
         }
@@ -147,10 +151,22 @@ class Jobs:
             return self._view(self._find(tenant, job_id))
 
     def wait(self, tenant: str, job_id: str, timeout_s: float) -> Released | r.JobView:
-        """The result if the job completes in time, else its state; raises what made it fail."""
+        """The result if the job completes in time, else its state; raises what made it fail.
+
+        Raises:
+            NotFound: `job_not_found`.
+            Overloaded: `queue_full` when too many of the tenant's connections wait already.
+        """
         with self._changed:
             job = self._find(tenant, job_id)
-            self._changed.wait_for(lambda: job.state in r.FINAL, timeout_s)
+            if job.state not in r.FINAL and timeout_s > 0:
+                if self._waiting[tenant] >= MAX_WAITING_PER_TENANT:
+                    raise errors.full(f"{MAX_WAITING_PER_TENANT} of your connections wait for a result", 1.0)
+                self._waiting[tenant] += 1
+                try:
+                    self._changed.wait_for(lambda: job.state in r.FINAL, timeout_s)
+                finally:
+                    self._waiting[tenant] -= 1
             if job.error is not None:
                 raise job.error
             return job.released if job.released is not None else self._view(job)
@@ -194,6 +210,7 @@ class Jobs:
         """Cancels what is unfinished and waits for it: each job gives back what it had reserved."""
         with self._changed:
             self._closing = True
+            self._hurry.set()
             unfinished = [j for j in self._jobs.values() if j.state not in r.FINAL]
         for job in unfinished:
             self.cancel(job.tenant, job.id)
@@ -210,15 +227,21 @@ class Jobs:
         try:
             released = work(job)
         except errors.TrocarError as e:
-            _to_tick(job)
+            self._to_tick(job)
             self._end(job, "CANCELLED" if e.code == "cancelled" else "FAILED", error=e)
         except Exception:
             log.exception("job %s failed", job.id)
-            _to_tick(job)
+            self._to_tick(job)
             self._end(job, "FAILED", error=errors.refuse("internal", "", "the job could not be run"))
         else:
-            _to_tick(job)
+            self._to_tick(job)
             self._end(job, "COMPLETED", released=released)
+
+    def _to_tick(self, job: Job) -> None:
+        """Waits for the job's next tick, so that its end tells no more of how long it took; a stop does not wait."""
+        if job.tick_ms:
+            tick_s = job.tick_ms / 1000
+            self._hurry.wait(tick_s - (time.monotonic() - job.started_s) % tick_s)
 
     def _move(self, job: Job, state: r.JobState) -> None:
         with self._changed:
@@ -279,13 +302,6 @@ class Jobs:
         gone = {j.id for j in ended if now - (j.ended_s or 0.0) > KEEP_S}
         for job_id in gone | {j.id for j in mine[MAX_FINISHED_PER_TENANT:]}:
             del self._jobs[job_id]
-
-
-def _to_tick(job: Job) -> None:
-    """Waits for the job's next tick, so that its end tells no more of how long it took."""
-    if job.tick_ms:
-        tick_s = job.tick_ms / 1000
-        time.sleep(tick_s - (time.monotonic() - job.started_s) % tick_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from trocar.gate.schema import Arrays
 from trocar.models.load import Loaded
 from trocar.service.metrics import numbers
 from trocar.service.passes import Passes
-from trocar.service.worker import FitOrder, Model, RunOrder, Watch
+from trocar.service.worker import FitOrder, Model, NumbersOrder, RunOrder, Watch
 from trocar.store import Reader, Store
 from trocar.store.ids import ArtifactId
 
@@ -96,6 +96,14 @@ class LocalWorker:
             artifact=ArtifactId(order.artifact),
         )
 
+    def numbers(self, order: NumbersOrder) -> Arrays:
+        places = [(field.name, *field.name.split("/")) for field in order.fields]
+        if order.rows:
+            reader = self.store.open(order.tenant, order.handle)
+            return {name: reader.read(site) for name, site, _ in places}
+        arrays = self.store.open_artifact(order.tenant, order.handle).arrays
+        return {name: arrays[site][part].astype(np.float32) for name, site, part in places}
+
     def erase(self, tenant: str, handles: Sequence[str]) -> None:
         for handle in handles:
             with suppress(errors.NotFound):
@@ -122,4 +130,4 @@ def _load(reader: Reader, watch: Watch, index: int, site: str) -> Any:
 
 def local(loaded: Loaded, engine: Engine, store: Store) -> Model:
     """A model that runs in this process."""
-    return Model(engine.facts, loaded.text, LocalWorker(loaded, engine, store))
+    return Model(engine.facts, loaded.text, LocalWorker(loaded, engine, store), engine.name)

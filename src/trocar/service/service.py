@@ -1,4 +1,5 @@
-"""`Service`: every use case of a server, one method each. The API calls nothing else.
+"""`Service`: every use case of a server, one method each, and `exports`, those of the airlock. The API calls nothing
+else.
 
 Each method takes the calling principal first and returns `Released`, so an answer that did not pass the gate
 cannot be written. Order in every run: prepare (pure), reserve, run, store, release.
@@ -6,35 +7,36 @@ cannot be written. Order in every run: prepare (pure), reserve, run, store, rele
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Final, Literal, Protocol, get_args
 
 from trocar import __version__, errors
 from trocar.gate import release
 from trocar.gate.gate import Gate, Hold
-from trocar.gate.handles import ACTIVATIONS, Handle
+from trocar.gate.handles import ACTIVATIONS
 from trocar.gate.keys import Principal
 from trocar.gate.policy import Tier
 from trocar.gate.release import Released
 from trocar.gate.roles import Power
 from trocar.gate.use import Use
-from trocar.graph.cost import STORED_BYTES_PER_NUMBER, Cost, Prices
+from trocar.graph.cost import Cost
 from trocar.graph.facts import ModelFacts
-from trocar.graph.spec import EDITS, SPEC
-from trocar.service import fits, uses
+from trocar.graph.spec import SPEC
+from trocar.service import fits, minting, uses
+from trocar.service.exports import Exports
 from trocar.service.jobs import Claim, Jobs, Kind, Work
 from trocar.service.pace import Pace
 from trocar.service.prepare import Prepared, Vectors, digest, prepare
 from trocar.service.runs import Run
 from trocar.service.sessions import Session, prepare_session, session_cost
 from trocar.service.steps import Request
+from trocar.service.views import handle_view, plan_view, tier_view
 from trocar.service.worker import Model
 from trocar.wire import about
 from trocar.wire import requests as q
 from trocar.wire import results as r
+from trocar.wire.tokens import TokenRequest
 
 MAX_WAIT_S: Final = 30.0
 MOST_LOGGED: Final = 500
@@ -71,6 +73,9 @@ class Service:
         gate: keys, ledger, release.
         rooms: what is closed, in this order, when the service closes.
         isolation: whether models run in this process, or in one that has only its frames to speak with.
+
+    Attributes:
+        exports: the use cases of the airlock.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class Service:
         self.gate = gate
         self._isolation = isolation
         self._models: Mapping[str, Model] = {m.facts.name: m for m in models}
+        self.exports = Exports(gate, self._models)
         self._rooms = rooms
         self._jobs = Jobs()
         self._pace = Pace()
@@ -138,11 +144,12 @@ class Service:
             about.CapabilitiesView(
                 version=__version__,
                 isolation=self._isolation,
-                engines={name: m.worker.name for name, m in self._models.items()},
+                engines={name: m.engine for name, m in self._models.items()},
                 ops=ops,
                 fits=get_args(q.FitKind),
-                tiers={tier.value: _tier(self.gate.policy.prices(tier)) for tier in Tier},
+                tiers={tier.value: tier_view(self.gate.policy.prices(tier)) for tier in Tier},
                 overhead_bits=self.gate.policy.overhead_bits,
+                airlock=about.AirlockView(public_key=self.gate.airlock.public_key),
             )
         )
 
@@ -159,7 +166,7 @@ class Service:
         model = self._model(request.model)
         prepared = self._prepare(principal, request, vectors, model)
         budget = self.gate.budget(principal, model.facts)
-        return release.public(_plan(prepared, budget))
+        return release.public(plan_view(prepared, budget))
 
     def run(
         self,
@@ -244,7 +251,7 @@ class Service:
             asked.cost(prices),
             fits.fit_digest(request),
             idempotency_key,
-            uses.of_fit(tuple(of.shapes)),
+            uses.of_fit(tuple(of.shapes), request.target_site),
             request_id,
         )
 
@@ -255,6 +262,8 @@ class Service:
 
     def _admit(self, principal: Principal, model: Model, ask: _Ask, work: Callable[[Hold], Work]) -> Released:
         """Reserves and starts a job, or finds the job or the answer of the same request."""
+        # before a job is found too: a narrower token of the same key may not hear what the key asked
+        self.gate.require_allowed(principal, model.facts, ask.cost, ask.use)
         key = ask.idempotency_key
         claim = None if key is None else Claim(principal.key_id, key, ask.digest)
         running = self._jobs.running(principal.tenant, claim)
@@ -295,11 +304,11 @@ class Service:
 
     def handles(self, principal: Principal) -> Released:
         """The caller's activations and artifacts."""
-        found = tuple(_view(handle) for handle in self.gate.handles.list(principal.tenant))
+        found = tuple(handle_view(handle) for handle in self.gate.handles.list(principal.tenant))
         return release.public(r.HandlesView(handles=found, stored_bytes=sum(view.bytes for view in found)))
 
     def handle(self, principal: Principal, handle: str) -> Released:
-        return release.public(_view(self.gate.handles.find(principal.tenant, handle)))
+        return release.public(handle_view(self.gate.handles.find(principal.tenant, handle)))
 
     def erase(self, principal: Principal, handle: str) -> Released:
         held = self.gate.handles.find(principal.tenant, handle)
@@ -311,6 +320,10 @@ class Service:
     def account(self, principal: Principal) -> Released:
         """The caller's own budgets and ledger entries."""
         return release.public(self.gate.account(principal, {n: m.facts for n, m in self._models.items()}))
+
+    def token(self, principal: Principal, request: TokenRequest) -> Released:
+        """A token of the calling key, shown this once."""
+        return minting.mint(self.gate, self._pace, principal, request)
 
     # ---- operators ----
 
@@ -362,59 +375,3 @@ class Service:
     def facts(self) -> Mapping[str, ModelFacts]:
         """Facts of the served models by name."""
         return {name: m.facts for name, m in self._models.items()}
-
-
-def _plan(prepared: Prepared, budget: r.BudgetView) -> r.PlanView:
-    checked, cost = prepared.variants[0].checked, prepared.cost
-    outputs = tuple(
-        r.OutputPlan(id=n.id, op=n.op, leaves_as=SPEC[n.op].declassifier, bits=cost.bits_out[n.id])
-        for n in checked.outputs()
-    )
-    edits = tuple(
-        r.EditPlan(id=n.id, op=n.op, site=n.site, at=n.at, rows=checked.selections[n.at].most_rows)
-        for n in checked.edits()
-        if n.op in EDITS
-    )
-    return r.PlanView(
-        model=prepared.request.model,
-        prompts=len(prepared.tokens),
-        lengths=checked.lengths,
-        program_digest=prepared.program.digest(),
-        cost=cost,
-        outputs=outputs,
-        edits=edits,
-        budget=budget,
-        admitted=budget.left_bits is None or cost.total_bits <= budget.left_bits,
-        variants=len(prepared.variants),
-    )
-
-
-def _tier(prices: Prices) -> about.TierView:
-    return about.TierView(
-        scalar_bits=prices.scalar_bits, vector_bits=prices.vector_bits, raw=prices.rules.raw
-    )
-
-
-def _view(handle: Handle) -> r.HandleView:
-    return r.HandleView(
-        handle=handle.id,
-        kind="activations" if handle.kind == ACTIVATIONS else "artifact",
-        model=handle.model,
-        fingerprint=handle.fingerprint,
-        sites=tuple(handle.shapes),
-        widths=handle.widths,
-        rows=handle.rows if handle.kind == ACTIVATIONS else 1,
-        bytes=_bytes(handle),
-        dtype="float32",
-        created=_when(handle.created_ms / 1000),
-    )
-
-
-def _bytes(handle: Handle) -> int:
-    """Of the numbers alone: files also hold tokens, whose sizes nobody was charged for."""
-    each = sum(math.prod(shape) for arrays in handle.shapes.values() for shape in arrays.values())
-    return each * STORED_BYTES_PER_NUMBER * (handle.rows if handle.kind == ACTIVATIONS else 1)
-
-
-def _when(created_s: float) -> str:
-    return datetime.fromtimestamp(created_s, tz=UTC).isoformat(timespec="seconds")

@@ -15,6 +15,7 @@ from trocar.graph import ops, rules_raw
 from trocar.graph.canonical import canonical_sites
 from trocar.graph.check import Checked
 from trocar.graph.facts import ModelFacts
+from trocar.service import faults
 from trocar.service.prepare import Prepared
 from trocar.service.worker import Model, RunOrder, Watch
 from trocar.wire import results as r
@@ -59,6 +60,11 @@ class Request:
         return cls(name, tenant, prepared, model, handles)
 
     @property
+    def _names(self) -> frozenset[str]:
+        """Ids of the program's nodes: places that a fault may name."""
+        return frozenset(node.id for node in self.prepared.program.nodes)
+
+    @property
     def ids(self) -> tuple[str, ...]:
         """Every handle that it makes."""
         return tuple(handle for named in self.handles for handle in named.values())
@@ -71,7 +77,8 @@ class Request:
             begun: whether an earlier step ran.
         """
         order = RunOrder(self.id, self.tenant, self.prepared, self.handles, made, begun)
-        arrays = self.model.worker.run(order, watch)
+        with faults.reworded(self.model.facts, self._names):
+            arrays = self.model.worker.run(order, watch)
         return Ran(self._step(arrays), tuple(self._captured(arrays)))
 
     def _step(self, arrays: Sequence[Arrays]) -> release.Step:
@@ -88,7 +95,7 @@ class Request:
         return r.Receipt(
             model=facts.name,
             fingerprint=facts.fingerprint,
-            engine=self.model.worker.name,
+            engine=self.model.engine,
             dtype=facts.dtype,
             program_digest=self.prepared.program.digest(),
             request_digest=self.prepared.digest,

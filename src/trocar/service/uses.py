@@ -12,30 +12,36 @@ from trocar.graph.canonical import canonical_sites
 from trocar.graph.facts import ModelFacts
 from trocar.graph.program import Program
 from trocar.graph.rules_values import arrays
+from trocar.graph.sweep import Variant
 from trocar.service.prepare import Prepared, Vectors
 from trocar.sites import Site
 
 
 def of_run(prepared: Prepared, facts: ModelFacts, prefix: str = "") -> Use:
     """Of one request, over all variants of a sweep. What is exposed is not counted for open weights."""
-    used_ops, sites = dict[str, str](), dict[str, str]()
+    used_ops = {f"{prefix}program.nodes[{i}].op": n.op for i, n in enumerate(prepared.program.nodes)}
+    sites = dict[str, str]()
     directions = dict[exposure.Direction, None]()
     exported = dict[tuple[Site, bool], None]()
     for variant in prepared.variants:
-        program = canonical_sites(variant.checked.program, facts)
-        for i, node in enumerate(program.nodes):
-            path = f"{prefix}program.nodes[{i}]"
-            used_ops[f"{path}.op"] = node.op
-            site = getattr(node, "site", None)
-            if site is not None:
-                sites.setdefault(f"{path}.site", site)
-                if sites[f"{path}.site"] != site:  # a sweep over sites: every one of them
-                    sites[f"{path}.site<{site}>"] = site
+        sites |= {prefix + path: site for path, site in _sites(prepared, variant, facts)}
         if not facts.open_weights:
             contents = dict(_contents(variant.checked.program, prepared.vectors))
             directions |= dict.fromkeys(exposure.directions(variant.checked, contents, prepared.digest))
             exported |= dict.fromkeys(exposure.exported(variant.checked))
     return Use(used_ops, sites, tuple(directions), tuple(exported))
+
+
+def _sites(prepared: Prepared, variant: Variant, facts: ModelFacts) -> Iterator[tuple[str, str]]:
+    """Every place of one variant, by the path where it is said: in the node, or in the axis that sets it."""
+    axes = {a.node: (i, a) for i, a in enumerate(prepared.request.sweep) if a.field in ("site", "layer")}
+    for i, node in enumerate(canonical_sites(variant.checked.program, facts).nodes):
+        site = getattr(node, "site", None)
+        if site is not None and node.id in axes:
+            index, axis = axes[node.id]
+            yield f"sweep[{index}].values[{axis.values.index(variant.settings[axis.label])}]", site
+        elif site is not None:
+            yield f"program.nodes[{i}].site", site
 
 
 def of_session(steps: Sequence[Prepared], facts: ModelFacts) -> Use:
@@ -49,9 +55,10 @@ def of_session(steps: Sequence[Prepared], facts: ModelFacts) -> Use:
     )
 
 
-def of_fit(sites: Sequence[str]) -> Use:
-    """Of a fit: it touches every site of its handle."""
-    return Use({"kind": FIT}, {f"handle[{i}]": site for i, site in enumerate(sites)})
+def of_fit(sites: Sequence[str], target_site: str | None = None) -> Use:
+    """Of a fit: it touches every site of its handle, and the one that a linear map is fitted to."""
+    target = {} if target_site is None else {"target_site": target_site}
+    return Use({"kind": FIT}, {**{f"handle[{i}]": site for i, site in enumerate(sites)}, **target})
 
 
 def _contents(program: Program, vectors: Vectors) -> Iterator[tuple[str, str]]:

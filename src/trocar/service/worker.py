@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from trocar.engine.protocol import EngineStats
-from trocar.gate.schema import Arrays
+from trocar.gate.schema import Arrays, Field
 from trocar.graph.facts import ModelFacts
 from trocar.models.text import TextCodec
 from trocar.service.prepare import Prepared
@@ -66,6 +66,21 @@ class FitOrder:
     artifact: str
 
 
+@dataclass(frozen=True, slots=True)
+class NumbersOrder:
+    """The numbers of one handle, for the airlock.
+
+    Attributes:
+        rows: whether they are captured rows, and not what a fit made.
+        fields: the arrays, named `site/array`; captured rows are `site/rows`, in the order of prompts and positions.
+    """
+
+    tenant: str
+    handle: str
+    rows: bool
+    fields: tuple[Field, ...]
+
+
 class Worker(Protocol):
     """Runs orders for one model. Thread-safe; faults are `TrocarError`."""
 
@@ -78,6 +93,9 @@ class Worker(Protocol):
 
     def fit(self, order: FitOrder, watch: Watch) -> Arrays:
         """`metrics`, float32 [sites, numbers]; the artifact is kept under its id."""
+
+    def numbers(self, order: NumbersOrder) -> Arrays:
+        """Exactly the arrays of `order.fields`, as float32."""
 
     def erase(self, tenant: str, handles: Sequence[str]) -> None:
         """Deletes rows and artifacts; those that are gone already do not matter."""
@@ -94,8 +112,13 @@ class Worker(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A served model: its public side, and who runs it."""
+    """A served model: its public side, and who runs it.
+
+    Attributes:
+        engine: name of the engine, asked once: what a worker may change later, it could speak with.
+    """
 
     facts: ModelFacts
     text: TextCodec
     worker: Worker
+    engine: str

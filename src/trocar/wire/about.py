@@ -30,6 +30,12 @@ class TierView(Strict):
     raw: Literal["direct", "airlock", "never"]
 
 
+class AirlockView(Strict):
+    """What released files are verified with: an Ed25519 public key, 64 hex digits."""
+
+    public_key: str
+
+
 class CapabilitiesView(Public):
     """What this server can do, from the op table and the models it loaded."""
 
@@ -40,6 +46,7 @@ class CapabilitiesView(Public):
     fits: tuple[str, ...]
     tiers: dict[str, TierView]
     overhead_bits: int
+    airlock: AirlockView
 
 
 class EngineView(Public):

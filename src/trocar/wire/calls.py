@@ -29,6 +29,7 @@ _LENGTH: Final = struct.Struct(">I")
 Verb = Literal[
     "health", "models", "capabilities", "authenticate", "tokenize", "plan", "run", "session", "fit", "job",
     "job_result", "cancel", "handles", "handle", "erase", "account", "engine", "refused",
+    "export", "raise", "tickets", "ticket", "step", "file", "token",
 ]  # fmt: skip
 
 
@@ -37,12 +38,16 @@ class Words(Strict):
 
     Attributes:
         secret: the caller's key, looked up again by the gate.
-        name: of a job or a handle.
+        name: of a job, a handle or a ticket.
+        word: of tickets, their state; of a step, which one.
+        limit: of tickets.
     """
 
     verb: Verb
     secret: Annotated[str, Field(max_length=32 << 10)] | None = None
     name: Annotated[str, Field(max_length=4096)] = ""
+    word: Annotated[str, Field(max_length=64)] = ""
+    limit: int = 0
     wait_s: float = 0.0
     idempotency_key: Annotated[str, Field(max_length=32 << 10)] | None = None
     request_id: Annotated[str, Field(max_length=64)] = ""
@@ -60,6 +65,7 @@ class Ending(Strict):
     status: int
     charge: Charge | None = None
     retry_after_s: int | None = None
+    media_type: str = "application/json"
 
 
 @dataclass(frozen=True, slots=True)

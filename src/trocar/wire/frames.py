@@ -35,6 +35,7 @@ class Kind(IntEnum):
     erase = 6
     stats = 7
     check = 8
+    numbers = 9
     result = 32
     call = 64
     answer = 65

@@ -103,6 +103,21 @@ class FitSheet(Strict):
     artifact: str
 
 
+class NumbersSheet(Strict):
+    """The numbers of a handle that are to be frozen.
+
+    Attributes:
+        rows: whether they are captured rows.
+        shapes: of the arrays, by `site/array`, in the order in which they come back.
+    """
+
+    model: str
+    tenant: str
+    handle: str
+    rows: bool
+    shapes: dict[str, tuple[int, ...]]
+
+
 class EraseSheet(Strict):
     """Rows and artifacts that go."""
 

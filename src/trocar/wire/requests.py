@@ -33,7 +33,7 @@ class Chat(Strict):
 Prompt = Annotated[str, Field(max_length=MAX_TEXT)] | TokenIds | Chat
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Label = bool | int | Annotated[float, Field(ge=-1e9, le=1e9)]
-Group = int | Annotated[str, Field(max_length=200)]
+Group = Annotated[int, Field(ge=-(2**53), le=2**53)] | Annotated[str, Field(max_length=200)]
 FitKind = Literal["logistic", "mean_diff", "ridge", "linear_map"]
 Labels = Annotated[tuple[Label, ...], Field(min_length=1, max_length=1_000_000, fail_fast=True)]
 MaskName = Annotated[str, Field(min_length=1, max_length=200)]

@@ -8,19 +8,21 @@ from typing import Any
 
 import pytest
 
-from trocar.client import aio, sync
+from trocar.client import aio, airlock, sync
 
 PAIRS = [
     (aio.AsyncClient, sync.Client),
     (aio.AsyncModel, sync.Model),
     (aio.AsyncJob, sync.Job),
     (aio.AsyncActivations, sync.Activations),
+    (airlock.AsyncTicket, airlock.Ticket),
 ]
 INSTANCE_ONLY = {
     "AsyncClient": {"settings", "transport", "quiet"},
     "AsyncModel": {"facts"},
     "AsyncJob": set(),
     "AsyncActivations": set(),
+    "AsyncTicket": set(),
 }
 
 

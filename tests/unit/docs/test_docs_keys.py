@@ -9,6 +9,7 @@ import docs_reference as reference
 import pytest
 from docs_blocks import blocks
 
+import trocar
 from trocar.errors import PolicyRefusal
 from trocar.gate.policy import Role
 from trocar.gate.roles import POWERS
@@ -33,11 +34,25 @@ def test_the_table_of_roles_is_the_table() -> None:
     assert shown == {role.value: ["yes" if power in POWERS[role] else "" for power in order] for role in Role}
 
 
-def test_the_example_runs() -> None:
-    [block] = [b for b in blocks(PAGE.read_text()) if b.language == "python"]
+def examples() -> list[str]:
+    return [b.text for b in blocks(PAGE.read_text()) if b.language == "python"]
+
+
+def test_the_example_of_asking_runs(server: Any) -> None:
+    asking, _ = examples()
+    with trocar.Client("http://server", server.keys["bob"], transport=server.transport()) as client:
+        names: dict[str, Any] = {"client": client}
+        exec(compile(asking, "docs/keys.md", "exec"), names)
+    who = server.service.gate.keys.authenticate(names["token"])
+    assert (who.role, who.scope.ops, who.scope.most_bits) == ("agent", frozenset({"read", "lens"}), 1_000_000)
+    assert who.scope.expires_ms is not None
+
+
+def test_the_example_of_attenuating_runs() -> None:
+    _, attenuating = examples()
     root = Root.make()
     names: dict[str, Any] = {"token": sign(root, "0" * 16, Scope(most_bits=1_000_000))}
-    exec(compile(block.text, "docs/keys.md", "exec"), names)
+    exec(compile(attenuating, "docs/keys.md", "exec"), names)
     grant = verify(names["agents"], root.public)
     assert (grant.scope, grant.agent) == (names["narrow"], True)
     assert [link.scope.most_bits for link in grant.links] == [1_000_000, 500_000]

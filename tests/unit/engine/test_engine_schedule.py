@@ -175,7 +175,7 @@ def holders(s: Scheduler) -> dict[str, int]:
 
 
 def test_places_are_shared_between_tenants_who_wait() -> None:
-    """One tenant's long texts hold every place; each step gives one to whoever waits with fewer, until they are even."""
+    """One tenant's long texts hold every place; each step gives one to who waits with fewer, until they are even."""
     s = scheduler(step_tokens=1000, sequences=6, prefix_cache=False)
     s.add(live("flood", (4,) * 20, TEXT, most=100, tenant="a"))
     advance(s, s.plan())

@@ -24,6 +24,7 @@ from trocar.gate.checks import (
     Part,
     check,
     measure,
+    told,
 )
 from trocar.graph.labels import Label
 from trocar.sites import Site, parse
@@ -218,6 +219,14 @@ def test_columns_like_unit_vectors_are_counted() -> None:
     assert measure(np.eye(7, dtype=np.float32)).one_hot_columns == 0  # too few rows to tell
 
 
+def test_columns_are_counted_over_all_rows() -> None:
+    """Also where the rows are looked at in several goes."""
+    tall = np.zeros((700, 3), np.float32)
+    tall[[1, 699], 0] = 1.0  # two numbers, far apart: not alone
+    tall[300, 1] = 1.0
+    assert measure(tall).one_hot_columns == 1
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_one_number_that_is_none_is_found(bad: float) -> None:
     values = np.ones((9, 9), np.float32)
@@ -260,3 +269,31 @@ def test_gradients_weights_and_bad_numbers_never_pass(kind: ExportKind, parts: l
     assert (disposition == "fail") >= bool(bad)
     assert bool(found) is (disposition != "pass")
     assert found <= set(Check)
+
+
+def test_where_nothing_is_secret_unit_vectors_need_no_look() -> None:
+    part = replace(PROBE, numbers=Numbers(finite=True, one_hot_columns=3))
+    assert codes(part, kind="artifact") == ("review", {"one_hot"})
+    assert codes(part, kind="artifact", terms=ExportTerms(one_hot_reviewed=False)) == ("pass", set())
+
+
+def test_a_map_of_open_weights_has_the_label_of_a_weight() -> None:
+    part = replace(PROBE, origin=Origin.activation_fit, label=Label.WEIGHT)
+    assert codes(part, kind="artifact") == ("fail", {"label", "activation_targets"})
+    open_terms = ExportTerms(own_targets=True)
+    assert codes(part, kind="artifact", terms=open_terms) == ("pass", set())
+    for origin in (Origin.fit, Origin.trained):
+        assert codes(replace(part, origin=origin), kind="artifact", terms=open_terms) == ("fail", {"label"})
+
+
+def test_an_author_hears_what_was_found_in_numbers_once() -> None:
+    chosen = Numbers(finite=True, one_hot_columns=17)
+    parts = tuple(replace(PROBE, name=f"p{i}", numbers=chosen, origin=Origin.trained) for i in range(3))
+    reasons = check(Description(ExportKind.artifact, parts), TERMS).reasons
+    assert [r.code for r in reasons].count(Check.one_hot) == 3
+    heard = told(reasons)
+    assert [(r.path, "17" in r.text) for r in heard if r.code is Check.one_hot] == [("parts", False)]
+    assert [r for r in heard if r.code is Check.trained] == [r for r in reasons if r.code is Check.trained]
+    broken = replace(PROBE, numbers=Numbers(finite=False, one_hot_columns=0))
+    failed = check(Description(ExportKind.artifact, (broken, replace(broken, name="b"))), TERMS).reasons
+    assert [(r.code, r.path) for r in told(failed)] == [(Check.not_finite, "parts")]

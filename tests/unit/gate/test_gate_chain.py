@@ -18,7 +18,7 @@ from trocar.gate.policy import Tier
 _WORDS = "time_ms, kind, key_id, lineage, reservation, request_id, held_bits, charged_bits, digest, detail"
 _APPEND = f"INSERT INTO log SELECT seq + 1, {_WORDS}, hash, hash FROM log WHERE seq = 13"
 _KEY_WORDS = "tenant, tier, role, project, holder, scope, made_by, note, secret_sha256"
-_GHOST = "SELECT 'ghost', instance, key_id, lineage, 'open', 5, 0, NULL, '', '', '[]', ''"
+_GHOST = "SELECT 'ghost', instance, key_id, lineage, 'open', 5, 0, NULL, '', '', '[]', '[]', ''"
 EXPOSURE = Exposure((Direction("resid_post.3", "ab" * 32, 2),), (End("attn.3", "in"),))
 
 
@@ -154,6 +154,7 @@ def test_a_restored_copy_is_caught_by_a_later_head(worked: Room) -> None:
         ("UPDATE lineages SET frozen = 'x'", "lineage base"),
         ("UPDATE head SET anchored = 1", "head"),
         ("UPDATE reservations SET owners = '[]' WHERE state = 'settled'", "reservation"),
+        ("UPDATE reservations SET tokens = '[\"x\"]' WHERE state = 'settled'", "reservation"),
         ("UPDATE reservations SET request_id = 'x' WHERE state = 'settled'", "reservation"),
         ("UPDATE lineages SET secret_bits = secret_bits * 2", "lineage base"),
         ("UPDATE keys SET tier = 'open' WHERE revoked_ms IS NULL", "key"),

@@ -184,6 +184,17 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.purses[owner] = purse
             self.running.append(Running(held, key, bits, name, body))
 
+    @rule(key=KEY, bits=st.integers(OVERHEAD, 120))
+    def reserve_little(self, key: int, bits: int) -> None:
+        """Most histories should have something running."""
+        self.reserve(key, bits, None, "x")
+
+    @precondition(lambda self: self.running)
+    @rule(days=st.sampled_from([1 / 24, 1, 2]), bits=st.integers(OVERHEAD, 60))
+    def let_it_run_over_midnight(self, days: float, bits: int) -> None:
+        self.gate.clock.pass_days(days)
+        self.reserve(self.running[-1].key, bits, None, "x")
+
     @precondition(lambda self: self.running)
     @rule(data=st.data(), delivered=st.booleans())
     def settle(self, data: st.DataObject, delivered: bool) -> None:
@@ -257,6 +268,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def refuse(self, key: int) -> None:
         self.gate.ledger.refuse(self.who[key].key_id, "req", ["policy"], {})
 
+    @precondition(lambda self: not self.backup)
     @rule()
     def back_up(self) -> None:
         self.shut()
@@ -277,6 +289,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.gate.place.restore(newest)
         self.gate.open()
         self.charge_all()
+        self.backup = None
 
     @rule(key=KEY)
     def revoke(self, key: int) -> None:

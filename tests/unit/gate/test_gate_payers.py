@@ -158,6 +158,16 @@ def test_a_limit_stays_lowered_when_the_request_that_brought_it_is_refused(gate:
     assert gate.of(who).limit_bits == 500
 
 
+@pytest.mark.parametrize("low", [Limits(200, 500), Limits(1000, 200)])
+def test_one_window_is_lowered_without_the_other(gate: Room, low: Limits) -> None:
+    who = gate.key()
+    first, less = ((Payer(f"key:{who.key_id}", limits),) for limits in (Limits(1000, 500), low))
+    gate.spend(who, 100, payers=first)
+    refused("budget_exhausted", lambda: gate.ask(who, 101, payers=less))
+    refused("budget_exhausted", lambda: gate.ask(who, 101, payers=first))
+    gate.spend(who, 100, payers=first)
+
+
 def test_declaring_takes_a_lower_limit_over(gate: Room) -> None:
     gate.ledger.declare(gate.lineage, Limits(10_000, None))
     gate.ledger.declare(gate.lineage, Limits(10_000, None))

@@ -291,6 +291,27 @@ def test_json_is_read_as_strictly(policy: Policy) -> None:
         assert [f.path for f in caught.value.refusals] == [path]
 
 
+DOTTED = Policy(projects={"a": Project(), "a.b": Project(life_ppm=1), "a.b.life_ppm": Project(day_ppm=0)})
+
+
+@pytest.mark.parametrize("policy", [Policy(), DOTTED, policy_file.read(WHOLE)])
+def test_what_is_written_is_read_again(policy: Policy) -> None:
+    text = policy_file.write(policy)
+    assert policy_file.read(text) == policy
+    for path, value in policy_file.settings(policy):
+        name = path.rpartition(".")[2]
+        assert (f"# {name}: not limited" if value is None else f"{name} = ") in text
+
+
+def test_every_setting_has_a_meaning() -> None:
+    said = policy_file.meanings()
+    assert set(said) == {path for path, _ in policy_file.settings(Policy())} - {"version"}
+    assert all(text[0].islower() or text[0].isdigit() or text[0] == "`" for text in said.values()), said
+    assert said["outputs.airlock.days"] == "after which a request that nobody decided expires."
+    assert said["data.least_blocks"] == said["data.linear_maps"]
+    assert said["people.tiers.agent.scalar_bits"].startswith("of one released number: 32")
+
+
 def test_every_fault_is_told_at_once_up_to_twenty() -> None:
     text = "[data]\nlineage_tear = 'agent'\nleast_blocks = -1\n[outputs]\noverhead_bits = 1"
     assert {(f.path, f.closest) for f in faults(text)} == {

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sqlite3
+import json
 import time
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,6 +206,37 @@ def test_revocation_reaches_what_runs(gate: Room, key: NewKey) -> None:
             keys.require_not_revoked(connection, who.key_id, who.token_ids)
 
 
+@pytest.mark.parametrize("block", [0, 1])
+def test_what_a_revoked_token_asked_is_not_settled(gate: Room, key: NewKey, block: int) -> None:
+    token = attenuate(mint(gate, key), LENS)
+    other = mint(gate, key)
+    mine, theirs, by_key = (
+        gate.reserve(gate.keys.authenticate(secret), 100, body=secret)
+        for secret in (token, other, key.secret)
+    )
+    gate.keys.revoke_token(ids(token)[block])
+    with pytest.raises(AuthError) as e:
+        gate.ledger.settle(mine, 50, b"x")
+    assert code_of(e) == "bad_key"
+    gate.ledger.cancel(mine, 1)
+    for held in (theirs, by_key):
+        assert gate.ledger.settle(held, 50, b"x").spent_bits == 50
+    assert gate.ledger.check() == []
+
+
+def test_the_log_knows_which_token_asked(gate: Room, key: NewKey) -> None:
+    token = attenuate(mint(gate, key), LENS)
+    gate.spend(gate.keys.authenticate(token), 10)
+    gate.spend(key.principal, 10)
+    asked = [json.loads(e.detail) for e in gate.ledger.entries(limit=1000) if e.kind == "admitted"]
+    assert [detail.get("tokens", []) for detail in asked] == [list(ids(token)), []]
+    gate.place.sql("UPDATE reservations SET tokens = '[]'")
+    (found,) = gate.ledger.check()
+    assert found.startswith("reservation ")
+    tokens = json.dumps(list(ids(token)), separators=(",", ":"))
+    gate.place.sql(f"UPDATE reservations SET tokens = '{tokens}' WHERE id = '{found.split()[1][:-1]}'")
+
+
 def test_keys_and_tokens_expire(gate: Room, clock: dict[str, int]) -> None:
     soon = clock["ms"] + 1000
     made = gate.keys.create("lab", Tier.trusted, Role.researcher, scope=Scope(expires_ms=soon + 1000))
@@ -347,8 +377,7 @@ def test_tables_of_tokens_that_the_log_does_not_imply_are_named(
     made = broken_gate.keys.create("lab", Tier.trusted, Role.researcher)
     broken_gate.keys.revoke_token(ids(mint(broken_gate, made))[0])
     assert broken_gate.ledger.check() == []
-    with closing(sqlite3.connect(broken_gate.path)) as raw, raw:
-        raw.execute(statement.format(ghost="0" * 32, root=Root.make().public.hex()))
+    broken_gate.place.sql(statement.format(ghost="0" * 32, root=Root.make().public.hex()))
     found = broken_gate.ledger.check()
     assert found
     assert all(line.startswith(named) for line in found)

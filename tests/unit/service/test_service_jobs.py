@@ -205,3 +205,57 @@ def test_a_job_with_a_tick_ends_on_it_and_tells_nothing_before(jobs: Jobs) -> No
     ended = jobs.view("lab", view.job)
     assert (ended.state, ended.done, ended.total) == ("COMPLETED", 3, 3)
     assert ended.elapsed_s == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("code", ["disk_full", "cancelled", None])
+def test_a_job_that_fails_ends_on_its_tick_too(jobs: Jobs, code: str | None) -> None:
+    def work(_job: Job) -> Any:
+        raise errors.refuse(code, "", "no") if code else ValueError("no")
+
+    started = time.monotonic()
+    view = jobs.start("lab", "run", 1, work, tick_ms=150)
+    with pytest.raises(errors.TrocarError):
+        jobs.wait("lab", view.job, WAIT_S)
+    assert time.monotonic() - started >= 0.15
+    assert jobs.view("lab", view.job).elapsed_s in (0.1, 0.2)  # 0.15, to one place
+
+
+def test_a_cancelled_job_with_a_tick_says_so_on_its_tick(jobs: Jobs) -> None:
+    stopped = threading.Event()
+
+    def work(job: Job) -> Any:
+        jobs.stoppable(job, stopped.set)
+        stopped.wait(WAIT_S)
+        jobs.require_wanted(job)
+        return answer()
+
+    view = jobs.start("lab", "run", 1, work, tick_ms=300)
+    assert jobs.cancel("lab", view.job).state == "RUNNING"
+    with pytest.raises(RunFailed):
+        jobs.wait("lab", view.job, WAIT_S)
+    assert jobs.view("lab", view.job).state == "CANCELLED"
+
+
+def test_a_stop_does_not_wait_for_ticks() -> None:
+    made = Jobs()
+    view = made.start("lab", "run", 1, lambda _: answer(), tick_ms=10_000)
+    started = time.monotonic()
+    made.close()
+    assert time.monotonic() - started < 5
+    assert made.view("lab", view.job).state == "COMPLETED"
+
+
+def test_jobs_with_ticks_are_in_nobodys_way_and_nobody_is_in_theirs(jobs: Jobs) -> None:
+    """How many wait before a job is for those to know of whom time may be known."""
+    go = threading.Event()
+    began = threading.Event()
+    first = jobs.start("a", "fit", 1, lambda _: (began.set(), go.wait(WAIT_S), answer())[2])
+    assert began.wait(WAIT_S)
+    behind = [jobs.start("a", "fit", 1, lambda _: answer(), tick_ms=tick_ms) for tick_ms in (0, 50)]
+    assert [jobs.view("a", view.job).ahead for view in behind] == [0, 0]
+    third = jobs.start("a", "fit", 1, lambda _: answer())
+    assert jobs.view("a", third.job).ahead == 2
+    assert [jobs.view("a", view.job).state for view in behind] == ["QUEUED", "RUNNING"]
+    go.set()
+    for view in (first, *behind, third):
+        assert isinstance(jobs.wait("a", view.job, WAIT_S), release.Released)

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from trocar import errors
 from trocar.wire import packing
-from trocar.wire.packing import Packed, pack, unpack
+from trocar.wire.packing import Packed, from_bytes, pack, packed_bytes, to_bytes, unpack
 
 COARSE = st.sampled_from((4, 8, 16))
 NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -35,6 +35,15 @@ def test_a_scale_is_the_smallest_that_clips_nothing(rows: Any) -> None:
     for row, scale in zip(rows, packing.scale_of(rows), strict=True):
         assert Fraction(float(scale)) == least_scale(float(np.abs(row).max()))
         assert scale == 0 or np.abs(row).max() <= scale
+
+
+@pytest.mark.parametrize("exact", [1.0, 511.0 / 256, 2.0**-99, 2.0**126])
+def test_a_scale_is_exact_to_the_last_float(exact: float) -> None:
+    """One float32 above a scale is above it already, one below is not."""
+    above, below = (np.nextafter(np.float32(exact), np.float32(to)) for to in (np.inf, 0))
+    found = packing.scale_of(np.array([[below], [exact], [above]], np.float32))
+    assert [Fraction(float(x)) for x in found] == [least_scale(float(x)) for x in (below, exact, above)]
+    assert found[0] == found[1] == exact < found[2]
 
 
 @settings(max_examples=200, deadline=None)
@@ -150,3 +159,95 @@ def test_bytes_that_are_not_whole_rows_are_refused(data: bytes, width: int, bits
         unpack(Packed(data, np.ones(3, np.float32)), width, bits)
     assert (caught.value.code, caught.value.path) == ("bad_bits", "data")
     assert f"{len(data)} bytes" in caught.value.reason
+
+
+@settings(max_examples=200, deadline=None)
+@given(ROWS, st.sampled_from(packing.WIDTHS))
+def test_bytes_have_the_declared_length_and_hold_all_of_it(rows: Any, bits: int) -> None:
+    n, width = rows.shape
+    packed = pack(rows, bits)
+    raw = to_bytes(packed)
+    assert len(raw) == packed_bytes(n, width, bits) == n * (-(-width * bits // 8) + (0 if bits == 32 else 2))
+    back = from_bytes(raw, n, width, bits)
+    assert (back.data, back.scales.tolist()) == (packed.data, packed.scales.tolist())
+    assert to_bytes(pack(np.asfortranarray(rows), bits)) == raw
+
+
+@settings(max_examples=200, deadline=None)
+@given(ROWS, COARSE)
+def test_a_code_times_its_step_is_the_number(rows: Any, bits: int) -> None:
+    """What a reader of a file does who knows nothing of this module."""
+    packed = pack(rows, bits)
+    codes = packing.whole(packing.codes(packed, rows.shape[1], bits), rows.shape[1], bits)
+    steps = packing.step_of(packed.scales, bits)
+    assert steps.dtype == np.float32
+    numbers = codes.astype(np.float32) * steps[:, None]
+    assert numbers == pytest.approx(unpack(packed, rows.shape[1], bits), rel=1e-6, abs=0)
+    assert (np.abs(numbers - rows)[packed.scales > 0] <= steps[packed.scales > 0][:, None] * 0.5001).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(ROWS, COARSE)
+def test_a_row_is_packed_by_itself_and_signs_are_alike(rows: Any, bits: int) -> None:
+    packed = pack(rows, bits)
+    assert b"".join(pack(row[None], bits).data for row in rows) == packed.data
+    width = rows.shape[1]
+    assert (unpack(pack(-rows, bits), width, bits) == -unpack(packed, width, bits)).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(ROWS, COARSE)
+def test_low_bits_of_the_numbers_do_not_leave(rows: Any, bits: int) -> None:
+    """Numbers that differ by less than a float32 in the middle of a step give the same code or the next."""
+    found = [
+        packing.codes(pack(x, bits), rows.shape[1], bits) for x in (rows, np.nextafter(rows, np.float32(0)))
+    ]
+    one, other = (packing.whole(stored, rows.shape[1], bits) for stored in found)
+    same = packing.scale_of(rows) == packing.scale_of(np.nextafter(rows, np.float32(0)))
+    assert (np.abs(one - other)[same] <= 1).all()
+
+
+def test_the_bytes_by_hand() -> None:
+    packed = pack(np.array([[7, -7, 3.4], [0, 0, 0]], np.float32), 4)
+    assert to_bytes(packed).hex() == "c0810000" + "97030000"  # 7.0 is 0x40e00000: its bits 15 to 30
+    assert to_bytes(pack(np.array([[254, -2, 1.1]], np.float32), 8)).hex() == "fc86" + "7fff01"
+    assert packing.codes(packed, 3, 4).tolist() == [[0x97, 0x03], [0, 0]]
+    assert packing.step_of(packed.scales, 4).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e38, -3.4e38])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_what_has_no_scale_is_refused(bad: float, bits: int) -> None:
+    with pytest.raises(errors.TrocarError) as caught:
+        pack(np.array([[1.0, 2.0], [bad, 0.0]], np.float32), bits)
+    assert caught.value.code == "rows_not_finite"
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("size", [9.9e37, 1e20, 1e-20, 1e-29])
+def test_tiny_and_huge_rows_are_as_fine_as_others(size: float, bits: int) -> None:
+    row = (np.array([[1.0, -0.5, 0.25]]) * size).astype(np.float32)
+    back = unpack(pack(row, bits), 3, bits)
+    assert back == pytest.approx(row, abs=size / (2**bits - 2) * 1.01)
+    assert np.isfinite(back).all()
+
+
+@pytest.mark.parametrize("bits", packing.WIDTHS)
+def test_bytes_of_another_length_are_refused(bits: int) -> None:
+    raw = to_bytes(pack(np.ones((2, 3), np.float32), bits))
+    for damaged in (raw + b"x", raw[:-1], b""):
+        with pytest.raises(errors.ServerFault) as caught:
+            from_bytes(damaged, 2, 3, bits)
+        assert caught.value.code == "bad_bits"
+    with pytest.raises(errors.ServerFault):
+        from_bytes(raw, 2, 3, 5)
+
+
+def test_many_rows_are_packed_in_several_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).normal(size=(23, 5)).astype(np.float32)
+    for bits in (4, 8, 16):
+        whole = to_bytes(pack(rows, bits))
+        for block in (1, 7, 11):
+            monkeypatch.setattr(packing, "_BLOCK", block)
+            assert to_bytes(pack(rows, bits)) == whole
+        monkeypatch.undo()

@@ -18,11 +18,13 @@ from trocar.gate import release
 from trocar.gate.release import Released
 from trocar.host.streams import Lost, Stream, connect
 from trocar.strict import Strict
+from trocar.wire import airlock as a
 from trocar.wire import calls, frames
 from trocar.wire import requests as q
 from trocar.wire.calls import Ending, Refused, Verb, Words
 from trocar.wire.frames import Head, Kind
 from trocar.wire.tensors import Vectors
+from trocar.wire.tokens import TokenRequest
 
 ANSWER_S: Final = 120.0
 IDLE: Final = 64
@@ -124,6 +126,13 @@ class Front:
     def engine(self, caller: Bearer, /) -> Released:
         return self._call("engine", caller)
 
+    def token(self, caller: Bearer, request: TokenRequest, /) -> Released:
+        return self._call("token", caller, request)
+
+    @property
+    def exports(self) -> Exports:
+        return Exports(self)
+
     def close(self) -> None:
         with self._turn:
             idle, self._idle = self._idle, []
@@ -138,6 +147,8 @@ class Front:
         vectors: Vectors | None = None,
         *,
         name: str = "",
+        word: str = "",
+        limit: int = 0,
         wait_s: float = 0.0,
         key: str | None = None,
         request_id: str = "",
@@ -148,6 +159,8 @@ class Front:
             verb=verb,
             secret=secret,
             name=name,
+            word=word,
+            limit=limit,
             wait_s=wait_s,
             idempotency_key=key,
             request_id=request_id,
@@ -200,11 +213,38 @@ class Front:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Exports:
+    """The airlock's verbs of a front."""
+
+    front: Front
+
+    def submit(
+        self, caller: Bearer, request: a.ExportRequest, key: str | None = None, request_id: str = "", /
+    ) -> Released:
+        return self.front._call("export", caller, request, key=key, request_id=request_id)
+
+    def submit_raise(self, caller: Bearer, request: a.RaiseRequest, /) -> Released:
+        return self.front._call("raise", caller, request)
+
+    def list(self, caller: Bearer, state: str | None = None, limit: int = 100, /) -> Released:
+        return self.front._call("tickets", caller, word=state or "", limit=limit)
+
+    def show(self, caller: Bearer, ticket: str, /) -> Released:
+        return self.front._call("ticket", caller, name=ticket)
+
+    def step(self, caller: Bearer, ticket: str, step: a.Step, request: a.StepRequest, /) -> Released:
+        return self.front._call("step", caller, request, name=ticket, word=step)
+
+    def file(self, caller: Bearer, ticket: str, /) -> Released:
+        return self.front._call("file", caller, name=ticket)
+
+
 def _passed_on(ending: Ending, payload: bytes) -> Released:
     """The gate's answer; its refusals are raised, so that they leave as all refusals do."""
     if ending.status >= 400:
         raise errors.from_json(json.loads(payload))
-    return release.forwarded(payload, ending.status, ending.charge, ending.retry_after_s)
+    return release.forwarded(payload, ending.status, ending.charge, ending.retry_after_s, ending.media_type)
 
 
 def _away() -> errors.TrocarError:

@@ -11,7 +11,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, get_args
 
 from trocar import errors, strict
 from trocar.gate import release
@@ -22,10 +22,12 @@ from trocar.graph.sweep import Axis
 from trocar.host.streams import Lost, Stream
 from trocar.service.service import Service
 from trocar.strict import Strict
+from trocar.wire import airlock as a
 from trocar.wire import calls, frames, tensors
 from trocar.wire import requests as q
 from trocar.wire.calls import Call, Ending, Refused, Verb
 from trocar.wire.frames import Head, Kind
+from trocar.wire.tokens import ScopeWords, TokenRequest
 
 log = logging.getLogger(__name__)
 CONNECTIONS: Final = 1024
@@ -37,6 +39,10 @@ OPTIONS: Final = {
         *q.FitRequest.model_fields,
         *q.SessionRequest.model_fields,
         *Axis.model_fields,
+        *a.ExportRequest.model_fields,
+        *a.RaiseRequest.model_fields,
+        *a.StepRequest.model_fields,
+        *ScopeWords.model_fields,
     ),
 }
 M = TypeVar("M", bound=Strict)
@@ -86,7 +92,10 @@ class Desk:
                 frame = stream.receive()
                 released = self._answer(frame.body)
                 ending = Ending(
-                    status=released.status, charge=released.charge, retry_after_s=released.retry_after_s
+                    status=released.status,
+                    charge=released.charge,
+                    retry_after_s=released.retry_after_s,
+                    media_type=released.media_type,
                 )
                 body = calls.pack_answer(ending, released.payload)
                 stream.put(Head(Kind.answer, frame.head.number, len(body)), body)
@@ -138,6 +147,14 @@ def _refused(service: Service, caller: Principal, call: Call) -> Released:
     return service.health()
 
 
+def _step(call: Call) -> a.Step:
+    for step in get_args(a.Step):
+        if step == call.words.word:
+            found: a.Step = step
+            return found
+    raise errors.refuse("bad_value", "step", f"{call.words.word[:40]!r} is no step")
+
+
 _Answer = Callable[[Service, Principal, Call], Released]
 _VERBS: Final[dict[Verb, _Answer]] = {
     "authenticate": lambda s, _who, _call: s.health(),
@@ -157,4 +174,13 @@ _VERBS: Final[dict[Verb, _Answer]] = {
     "erase": lambda s, who, call: s.erase(who, call.words.name),
     "account": lambda s, who, _call: s.account(who),
     "engine": lambda s, who, _call: s.engine(who),
+    "export": lambda s, who, call: s.exports.submit(who, _read(a.ExportRequest, call), *_named(call)),
+    "raise": lambda s, who, call: s.exports.submit_raise(who, _read(a.RaiseRequest, call)),
+    "tickets": lambda s, who, call: s.exports.list(who, call.words.word or None, call.words.limit),
+    "ticket": lambda s, who, call: s.exports.show(who, call.words.name),
+    "step": lambda s, who, call: s.exports.step(
+        who, call.words.name, _step(call), _read(a.StepRequest, call)
+    ),
+    "file": lambda s, who, call: s.exports.file(who, call.words.name),
+    "token": lambda s, who, call: s.token(who, _read(TokenRequest, call)),
 }

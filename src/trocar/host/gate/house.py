@@ -79,7 +79,8 @@ def assemble(refs: Sequence[str], data: Path, worker: Path, gate: Gate, *, withi
         undo.callback(line.close)
         line.wait(deadline_s - time.monotonic())
         models = [
-            Model(each.facts, text, RemoteWorker(line, each)) for each, text in zip(found, texts, strict=True)
+            Model(each.facts, text, RemoteWorker(line, each), each.engine)
+            for each, text in zip(found, texts, strict=True)
         ]
         service = Service(models, gate, isolation="host")
         undo.pop_all()

@@ -21,11 +21,11 @@ from trocar.gate.schema import Arrays, Field
 from trocar.host.gate.line import Errand, Line, Open
 from trocar.service.metrics import METRICS
 from trocar.service.prepare import digest
-from trocar.service.worker import FitOrder, RunOrder, Watch
+from trocar.service.worker import FitOrder, NumbersOrder, RunOrder, Watch
 from trocar.strict import Strict
 from trocar.wire import orders
 from trocar.wire.frames import Kind
-from trocar.wire.orders import EraseSheet, FitSheet, Pinned, RunSheet
+from trocar.wire.orders import EraseSheet, FitSheet, NumbersSheet, Pinned, RunSheet
 
 log = logging.getLogger(__name__)
 GRACE_S: Final = 30.0
@@ -95,6 +95,17 @@ class RemoteWorker:
         body = self._result(errand, watch)
         watch.progress(len(order.sites))
         return _arrays(body, [declared])[0]
+
+    def numbers(self, order: NumbersOrder) -> Arrays:
+        sheet = NumbersSheet(
+            model=self.pinned.facts.name,
+            tenant=order.tenant,
+            handle=order.handle,
+            rows=order.rows,
+            shapes={field.name: field.shape for field in order.fields},
+        )
+        body = self._quick(Kind.numbers, _size([order.fields]), _json(sheet))
+        return _arrays(body, [order.fields])[0]
 
     def erase(self, tenant: str, handles: Sequence[str]) -> None:
         """Deletes rows now or, where the worker is not there, as soon as there is one again."""

@@ -20,16 +20,17 @@ from trocar.gate import schema
 from trocar.graph.facts import ModelFacts
 from trocar.host.streams import Lost, Stream
 from trocar.host.worker.sheets import Spoken, fit_order, run_order
-from trocar.service.worker import Model, Watch
+from trocar.service.worker import Model, NumbersOrder, Watch
 from trocar.wire import frames, orders
 from trocar.wire.frames import Frame, Head, Kind, Status
-from trocar.wire.orders import Ask, EraseSheet, FitSheet, Hello, Pinned
+from trocar.wire.orders import Ask, EraseSheet, FitSheet, Hello, NumbersSheet, Pinned
 
 log = logging.getLogger(__name__)
 AT_ONCE: Final = 320
 _LIMITS: Final = {
     "hello": orders.MOST_ORDER_BYTES, "facts": 1 << 16, "run": orders.MOST_ORDER_BYTES,
     "fit": orders.MOST_ORDER_BYTES, "cancel": 0, "erase": 1 << 24, "stats": 1 << 16, "check": 1 << 16,
+    "numbers": 1 << 20,
 }  # fmt: skip
 
 
@@ -187,6 +188,12 @@ class Visit:
         self._require_wanted(watch, model, sheet.tenant, [sheet.artifact])
         return orders.pack_arrays(arrays, ["metrics"])
 
+    def numbers(self, body: bytes, _watch: Watch) -> bytes:
+        sheet = orders.read(NumbersSheet, body)
+        fields = tuple(schema.Field(name, "<f4", shape) for name, shape in sheet.shapes.items())
+        order = NumbersOrder(sheet.tenant, sheet.handle, sheet.rows, fields)
+        return orders.pack_arrays(self._model(sheet.model).worker.numbers(order), list(sheet.shapes))
+
     @staticmethod
     def _require_wanted(watch: Watch, model: Model, tenant: str, made: Sequence[str]) -> None:
         """What nobody waits for any more leaves nothing behind."""
@@ -228,6 +235,7 @@ _WORK: Final[dict[Kind, Work]] = {
     Kind.erase: Visit.erase,
     Kind.stats: Visit.stats,
     Kind.check: Visit.check,
+    Kind.numbers: Visit.numbers,
 }
 
 
@@ -246,7 +254,7 @@ def _node(path: str, names: Sequence[str]) -> int | None:
 
 
 def _pinned(model: Model) -> Pinned:
-    return Pinned(facts=model.facts, engine=model.worker.name)
+    return Pinned(facts=model.facts, engine=model.engine)
 
 
 def same(a: Pinned, b: Pinned) -> bool:

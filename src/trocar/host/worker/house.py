@@ -22,6 +22,7 @@ def open_bench(
     threads: int | None = None,
     step_tokens: int | None = None,
     kv_bytes: int | None = None,
+    tenant_bytes: int | None = None,
 ) -> Bench:
     """Loads the models and opens the store.
 
@@ -31,7 +32,7 @@ def open_bench(
     Raises:
         NotFound, RunFailed: as `models.load`.
     """
-    opened = Store(store)
+    opened = Store(store, quota_bytes=tenant_bytes)
     undo.callback(opened.close)
     engines = open_engines(refs, undo, threads=threads, step_tokens=step_tokens, kv_bytes=kv_bytes)
     return bench_of(engines, opened)
