@@ -96,6 +96,7 @@ def _in_three(plan: Plan, address: Address, on_ready: Ready, _stack: ExitStack) 
 
 
 def _in_one(plan: Plan, address: Address, on_ready: Ready, stack: ExitStack) -> None:
+    _require_one_is_enough(plan)
     gate = open_gate(plan.folder, plan.rules, plan.anchors or plan.folder.anchors, stack)
     secret = saved_secret(gate) if plan.save_key else None
     assembly = _load(plan.models, plan.folder, gate, plan.sizes)
@@ -114,6 +115,22 @@ def _in_one(plan: Plan, address: Address, on_ready: Ready, stack: ExitStack) -> 
     server = HttpServer(served, plan.log_level, on_ready)
     _print_start(assembly, address.url, access(gate, address.url, secret, plan.save_key))
     server.serve_until_stopped(address)
+
+
+def _require_one_is_enough(plan: Plan) -> None:
+    """Refuses secret weights in one process where the policy asks for three."""
+    from trocar.models.pull import locate
+
+    if plan.rules.read().settings.isolation == "process":
+        return
+    secret = [name for name in plan.models if not locate(name)[1].open_weights]
+    if secret:
+        raise errors.refuse(
+            "bad_argument",
+            "isolation",
+            f"the policy serves secret weights with isolation 'host' only, and {secret[0]!r} is such a model",
+            next_step="Add --isolation host.",
+        )
 
 
 def _require_models(names: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ gate believes nobody else about who is calling. Nothing here can make an answer:
 from __future__ import annotations
 
 import json
+import math
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +105,8 @@ class Front:
         return self._call("job", caller, name=job)
 
     def job_result(self, caller: Bearer, job: str, wait_s: float, /) -> Released:
-        return self._call("job_result", caller, name=job, wait_s=wait_s)
+        told_s = wait_s if math.isfinite(wait_s) else -1.0  # JSON has no other; the gate refuses both
+        return self._call("job_result", caller, name=job, wait_s=told_s)
 
     def cancel(self, caller: Bearer, job: str, /) -> Released:
         return self._call("cancel", caller, name=job)
@@ -184,8 +186,12 @@ class Front:
                 return self._answer(kept)
         try:
             stream = Stream(connect(self._path), frames.at_most(answer=calls.MOST_ANSWER_BYTES))
+        except OSError:
+            raise _away() from None
+        try:
             stream.put(Head(Kind.call, 0, len(body)), body)
-        except (OSError, Lost):
+        except Lost:
+            stream.close()
             raise _away() from None
         return self._answer(stream)
 

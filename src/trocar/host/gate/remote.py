@@ -68,7 +68,9 @@ class RemoteWorker:
             tuple(f"program.nodes[{i}]" for i in range(len(prepared.program.nodes))),
             f"{order.tenant}:{prepared.digest}",
         )
-        return _arrays(self._result(errand, watch), declared)
+        body = self._result(errand, watch)
+        watch.progress(prepared.sequences)  # that it is all there, the gate knows by itself
+        return _arrays(body, declared)
 
     def fit(self, order: FitOrder, watch: Watch) -> Arrays:
         shape = (len(order.sites), len(METRICS[order.request.kind]))
@@ -90,7 +92,9 @@ class RemoteWorker:
             (),
             f"{order.tenant}:{digest(order.request, {})}",
         )
-        return _arrays(self._result(errand, watch), [declared])[0]
+        body = self._result(errand, watch)
+        watch.progress(len(order.sites))
+        return _arrays(body, [declared])[0]
 
     def numbers(self, order: NumbersOrder) -> Arrays:
         sheet = NumbersSheet(
