@@ -145,7 +145,10 @@ def test_the_worker_has_no_sockets_but_unix_ones(host: Started) -> None:
     proc = Path("/proc") / str(host.parts()["worker"])
     links = [os.readlink(fd) for fd in (proc / "fd").iterdir()]
     inodes = {link[8:-1] for link in links if link.startswith("socket:[")}
-    spaces = (proc, Path("/proc/self"))  # a connection belongs to the network of whoever made it: the gate's, ours
+    spaces = (
+        proc,
+        Path("/proc/self"),
+    )  # a connection belongs to the network of whoever made it: the gate's, ours
     of_unix = {
         line.split()[6] for at in spaces for line in (at / "net" / "unix").read_text().splitlines()[1:]
     }
