@@ -181,7 +181,7 @@ def three(loaded: Any, *, fake: bool = False, **limits: Any) -> Iterator[Three]:
         gate = Gate(f"sqlite:///{root}/ledger.db")
         pinned = Pinned(facts=facts, engine="hf")
         line = Line(root / "w", Hello(models=(pinned,)), Alarm(gate, (facts.lineage,)))
-        model = Model(facts, loaded.text, RemoteWorker(line, pinned))
+        model = Model(facts, loaded.text, RemoteWorker(line, pinned), pinned.engine)
         service = Service([model], gate, isolation="host")
         undo.callback(service.close)
         if not fake:

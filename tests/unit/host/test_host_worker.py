@@ -117,8 +117,8 @@ def test_a_fit_that_fails_says_as_little(host: Three, monkeypatch: pytest.Monkey
 
 def test_a_real_fault_of_a_program_names_its_node(host: Three) -> None:
     huge = [
-        {"op": "edit.scale", "id": f"big{i}", "site": f"resid_post.{i}", "at": "prompt[*]", "by": 1e6}
-        for i in range(2)
+        {"op": "edit.scale", "id": f"big{i}", "site": f"resid_post.{i}", "at": "prompt[*]", "by": by}
+        for i, by in enumerate((2.0, 1e6))
     ]
     error = ending(host, start(host, *huge, LP))
     assert (error.code, error.path) == ("edit_not_finite", "program.nodes[1]")
