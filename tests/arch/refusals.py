@@ -14,6 +14,7 @@ from trocar.errors import TrocarError
 from trocar.gate import coding, release
 from trocar.gate.gate import Gate, Hold
 from trocar.gate.policy import Role, Tier
+from trocar.gate.use import Use
 from trocar.graph import check
 from trocar.graph.cost import Cost, Prices
 from trocar.graph.facts import ModelFacts
@@ -64,7 +65,7 @@ def main(folder: Path) -> dict[str, Any]:
     gate.declare(FACTS)
     key = gate.keys.create("lab", Tier.trusted, Role.researcher)  # 1 % of 160,000 bits: 1,600
     caller = gate.keys.authenticate(key.secret)
-    hold = gate.reserve(caller, FACTS, Silent(), cost(300), "0" * 64, None)
+    hold = gate.reserve(caller, FACTS, Silent(), cost(300), "0" * 64, None, Use())
     if not isinstance(hold, Hold):
         raise SystemExit("the first request was not admitted")
     settle = gate.ledger.settle
@@ -74,7 +75,9 @@ def main(folder: Path) -> dict[str, Any]:
         "seal": outcome(lambda: release.Released(object(), b"{}", 200, None)),
         "no key": outcome(lambda: gate.keys.authenticate(None)),
         "bad key": outcome(lambda: gate.keys.authenticate("trk_" + "A" * 43)),
-        "over budget": outcome(lambda: gate.reserve(caller, FACTS, Silent(), cost(1400), "1" * 64, None)),
+        "over budget": outcome(
+            lambda: gate.reserve(caller, FACTS, Silent(), cost(1400), "1" * 64, None, Use())
+        ),
         "settled above the hold": outcome(lambda: settle(hold.reservation, 301, b"{}")),
         "not public": outcome(lambda: release.public({"h": 1})),  # type: ignore[arg-type]
         "not finite": outcome(lambda: coding.round_to_bits(np.array([np.nan], np.float32), 24)),
