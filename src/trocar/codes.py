@@ -142,8 +142,6 @@ TABLE: Final[tuple[Code, ...]] = (
          "Release less (lower top_k, fewer rows), or ask the operator for a larger budget."),
     Code("rank_exhausted", "PolicyRefusal", "The program sends more new directions into a site than are left.",
          "Use directions sent before (they are free), send fewer, or use another site."),
-    Code("policy", "PolicyRefusal", "A structure rule of the policy forbids this.",
-         "Read the rule that the reason names; docs/security.md says why it exists."),
     Code("lineage_frozen", "PolicyRefusal", "The operator has frozen this model's lineage.",
          "Ask the operator; nothing is admitted or released for it until it is thawed."),
     Code("idempotency_conflict", "Conflict", "An idempotency key that was used for another request.",

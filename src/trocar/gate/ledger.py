@@ -131,8 +131,8 @@ class Ledger:
         every = with_everyone(payers, limits)
         if self._anchors is not None:
             self._anchors.require_kept()
-        who, named = (principal.key_id, lineage.name), (request_digest, idempotency_key, request_id)
-        ask = Ask(*who, bits, *named, principal.token_ids)
+        key, tokens = principal.key_id, principal.token_ids
+        ask = Ask(key, lineage.name, bits, request_digest, idempotency_key, request_id, tokens)
         while True:
             with self._write() as (connection, now_ms):
                 keys.require_current(connection, principal)

@@ -88,7 +88,7 @@ class Caller:
     def account(self) -> tuple[Any, Any]:
         """What the ledger has of this key: entries of requests, and budgets."""
         view = self.get("/v1/ledger").json
-        return [e for e in view["entries"] if e["kind"] != "account_opened"], view["budgets"]
+        return [e for e in view["entries"] if e["kind"] not in ("account_opened", "refused")], view["budgets"]
 
 
 def request(

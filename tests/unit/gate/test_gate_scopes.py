@@ -23,30 +23,30 @@ def test_it_is_the_class_that_clients_have() -> None:
 
 
 @pytest.mark.parametrize("held", [EVERYTHING, NARROW])
-def test_a_scope_is_stored_with_its_key(gate: Room, held: Scope) -> None:
-    made = gate.keys.create("lab", Tier.trusted, Role.researcher, scope=held)
+def test_a_scope_is_stored_with_its_key(file_gate: Room, held: Scope) -> None:
+    made = file_gate.keys.create("lab", Tier.trusted, Role.researcher, scope=held)
     assert made.principal.scope == held
-    assert gate.keys.authenticate(made.secret) == made.principal
-    with closing(sqlite3.connect(gate.path)) as raw:
+    assert file_gate.keys.authenticate(made.secret) == made.principal
+    with closing(sqlite3.connect(file_gate.path)) as raw:
         assert raw.execute("SELECT scope FROM keys").fetchall() == [(held.as_json(),)]
-    assert held.as_json() in gate.ledger.entries()[0].detail.replace("\\", "")
+    assert held.as_json() in file_gate.ledger.entries()[0].detail.replace("\\", "")
 
 
 @pytest.mark.parametrize("text", ["", "{}}", "null", '{"models":["b","a"]}', '{"most_bits":"9"}'])
-def test_a_scope_that_was_tampered_with_is_never_no_restriction(broken_gate: Room, text: str) -> None:
-    made = broken_gate.keys.create("lab", Tier.trusted, Role.researcher, scope=NARROW)
-    with closing(sqlite3.connect(broken_gate.path)) as raw, raw:
+def test_a_scope_that_was_tampered_with_is_never_no_restriction(broken_file_gate: Room, text: str) -> None:
+    made = broken_file_gate.keys.create("lab", Tier.trusted, Role.researcher, scope=NARROW)
+    with closing(sqlite3.connect(broken_file_gate.path)) as raw, raw:
         raw.execute("UPDATE keys SET scope = ?", (text,))
     with pytest.raises(ServerFault) as e:
-        broken_gate.keys.authenticate(made.secret)
+        broken_file_gate.keys.authenticate(made.secret)
     assert e.value.code == "ledger_unavailable"
 
 
-def test_a_wider_scope_in_the_table_is_found_by_the_audit(broken_gate: Room) -> None:
-    made = broken_gate.keys.create("lab", Tier.trusted, Role.researcher, scope=NARROW)
-    with closing(sqlite3.connect(broken_gate.path)) as raw, raw:
+def test_a_wider_scope_in_the_table_is_found_by_the_audit(broken_file_gate: Room) -> None:
+    made = broken_file_gate.keys.create("lab", Tier.trusted, Role.researcher, scope=NARROW)
+    with closing(sqlite3.connect(broken_file_gate.path)) as raw, raw:
         raw.execute("UPDATE keys SET scope = '{}'")
-    [found] = broken_gate.ledger.check()
+    [found] = broken_file_gate.ledger.check()
     assert found.startswith(f"key {made.principal.key_id}")
 
 

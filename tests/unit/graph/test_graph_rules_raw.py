@@ -76,11 +76,11 @@ def test_rows_of_a_secret_go_through_the_airlock(site: str) -> None:
 
 @pytest.mark.parametrize("rules", [STRICT, replace(DIRECT, raw="never")])
 def test_every_output_of_rows_is_refused_once(rules: Rules) -> None:
-    nodes = [*raw("resid_post.3"), read("s"), node("raw", "y", of=["s", "s"]), LOGPROBS]
+    nodes = [*raw("resid_post.3"), read("s"), read("z"), node("raw", "y", of=["s", "z"]), LOGPROBS]
     found = look(rules, *nodes)
     assert isinstance(found, tuple)
     code = "needs_airlock" if rules.raw == "airlock" else "policy"
-    assert [(f.code, f.path) for f in found] == [(code, "program.nodes[1]"), (code, "program.nodes[3]")]
+    assert [(f.code, f.path) for f in found] == [(code, "program.nodes[1]"), (code, "program.nodes[4]")]
 
 
 def test_only_what_policy_forbids_is_a_refusal_of_policy() -> None:
