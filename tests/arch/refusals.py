@@ -13,7 +13,7 @@ import numpy as np
 from trocar.errors import TrocarError
 from trocar.gate import coding, release
 from trocar.gate.gate import Gate, Hold
-from trocar.gate.policy import Role, Tier
+from trocar.gate.policy import Data, People, Policy, Role, Tier, Tiers
 from trocar.gate.use import Use
 from trocar.graph import check
 from trocar.graph.cost import Cost, Prices
@@ -60,8 +60,14 @@ def checked(nodes: list[dict[str, Any]]) -> Any:
     return check.check(program, scope, Prices(8, 256))
 
 
+def in_a_day() -> Policy:
+    """The default policy, but what is for life may be spent on one day."""
+    terms = Policy().terms(Tier.trusted).model_copy(update={"day_ppm": None})
+    return Policy(people=People(tiers=Tiers(trusted=terms)), data=Data(lineage_day_ppm=1_000_000))
+
+
 def main(folder: Path) -> dict[str, Any]:
-    gate = Gate(f"sqlite:///{folder / 'ledger.db'}", cap=Tier.trusted)
+    gate = Gate(f"sqlite:///{folder / 'ledger.db'}", in_a_day(), cap=Tier.trusted)
     gate.declare(FACTS)
     key = gate.keys.create("lab", Tier.trusted, Role.researcher)  # 1 % of 160,000 bits: 1,600
     caller = gate.keys.authenticate(key.secret)
