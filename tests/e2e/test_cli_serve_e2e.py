@@ -44,7 +44,7 @@ model = client.model({MODEL!r})
 try:
     client.activations("{{handle}}")
     torn = "readable"
-except trocar.ProgramError as e:
+except trocar.NotFound as e:
     torn = e.code
 text = str(model.generate("The capital of France is", max_new_tokens=2))
 rows = model.capture(["a b", "c d"], "resid_post.3").rows
@@ -169,11 +169,11 @@ def test_a_stop_in_the_middle_of_a_long_job_takes_less_than_five_seconds(
 
 STUCK = """
 import signal, time
-from types import SimpleNamespace
 from trocar.cli import address, serving
 signal.signal(signal.SIGTERM, signal.default_int_handler)
-stuck = SimpleNamespace(service=SimpleNamespace(close=lambda: time.sleep(60)), halt=lambda: time.sleep(60))
-server = serving.HttpServer(stuck, "warning", lambda: print("ready", flush=True), lambda: None)
+stuck = lambda: time.sleep(60)
+async def app(scope, receive, send): ...
+server = serving.HttpServer(serving.Served(app, stuck, stuck, stuck), "warning", lambda: print("ready", flush=True))
 server.serve_until_stopped(address.bind("127.0.0.1", 0))
 """
 
@@ -205,7 +205,7 @@ def test_killed_in_the_middle_of_a_capture(home: Path, serving: Serving) -> None
         assert cli_server.command(home, "ledger", "verify", "--data", str(again.data)).returncode == 0
         assert doctor_fails(again) == []
         told = json.loads(again.run(AFTER.format(handle=handle), serving.secret))
-        assert told["torn"] == "handle_incomplete"
+        assert told["torn"] == "handle_not_found"  # it was never told: nothing of it left
         assert "Paris" in told["text"]
         assert told["rows"] == 2
         assert told["spent"] >= held["reserved_bits"] > 0
