@@ -19,9 +19,8 @@ def main(folder: Path) -> None:
     from conftest import make_server, make_tiny
     from trocar.cli import connections
     from trocar.cli.address import bind
-    from trocar.cli.serving import HttpServer
+    from trocar.cli.serving import HttpServer, Served
     from trocar.gate.policy import Role, Tier
-    from trocar.service.compose import Assembly
 
     torch.set_num_threads(1)
     # the deadlines of a test: what is proven is that they exist
@@ -38,7 +37,8 @@ def main(folder: Path) -> None:
         partial.write_text(json.dumps({"url": address.url, "keys": keys, "pid": os.getpid()}))
         partial.replace(folder / "ready.json")
 
-    HttpServer(Assembly(made.service, (), ()), "warning", ready, lambda: None).serve_until_stopped(address)
+    served = Served(made.app, made.service.halt, made.service.close, lambda: None)
+    HttpServer(served, "warning", ready).serve_until_stopped(address)
 
 
 if __name__ == "__main__":
