@@ -31,7 +31,6 @@ def leak(passes: Passes) -> Any:
     return plain(passes)
 
 
-Passes.run = leak  # type: ignore[method-assign]
-
 if __name__ == "__main__":
+    Passes.run = leak  # type: ignore[method-assign]
     sys.exit(main(["worker", *sys.argv[1:]]))
