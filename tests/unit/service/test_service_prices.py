@@ -125,7 +125,7 @@ def test_a_thousand_programs_cost_what_their_plan_said(desk: Desk) -> None:
     assert min(seen["early"], seen["sweep"], seen["generated rows"]) > 0.05 * PROGRAMS, seen
     assert {op for op in OUTPUTS if not seen[op]} == set()
     assert seen["edited"] > 0.5 * PROGRAMS
-    assert seen["refused"] < 0.1 * PROGRAMS
+    assert seen["refused"] < 0.3 * PROGRAMS  # an output that names a value twice is no program
 
 
 def test_sessions_cost_their_steps_with_one_overhead(desk: Desk) -> None:
