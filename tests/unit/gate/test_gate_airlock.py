@@ -641,3 +641,13 @@ def test_an_artifact_of_an_optimiser_never_leaves(file_room: Room) -> None:
 )
 def test_rules_that_make_no_sense_are_refused(wrong: dict[str, int]) -> None:
     refused("bad_value", lambda: Rules(**wrong))
+
+
+def test_a_price_is_known_before_any_number_is_read(room: Room) -> None:
+    lineage = room.rows().lineage
+    assert (
+        room.airlock.price_bits(room.author, lineage, [(10, 64)]) == PRICE == room.submit().request.price_bits
+    )
+    assert room.airlock.price_bits(room.author, lineage, []) == OVERHEAD
+    error = refused("export_refused", lambda: room.airlock.price_bits(room.author, lineage, [(10**7, 64)]))
+    assert error.path == "parts"

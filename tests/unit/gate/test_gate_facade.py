@@ -15,7 +15,7 @@ from trocar.gate.gate import Gate, Hold
 from trocar.gate.policy import Policy, Project, Role, Tier
 from trocar.gate.release import Released
 from trocar.gate.roles import Power
-from trocar.gate.scopes import Scope
+from trocar.gate.scopes import EVERYTHING, Scope
 from trocar.gate.use import Use
 from trocar.sites import parse
 
@@ -318,3 +318,24 @@ def test_the_request_id_is_in_the_log(gate: Gate) -> None:
     who = key(gate)
     gate.cancel(hold(gate, who, request_id="req_1"))
     assert [e.kind for e in gate.ledger.entries(request_id="req_1")] == ["admitted", "cancelled"]
+
+
+# ---- tokens, and what is left ---------------------------------------------------------------------
+
+
+def test_a_gate_signs_tokens_where_its_secrets_are(gate: Gate, tmp_path: Path) -> None:
+    who = key(gate)
+    assert "signs no tokens" in refused("not_allowed", lambda: gate.mint(who, EVERYTHING, None)).reason
+    other = Gate(f"sqlite:///{tmp_path / 'other.db'}", secrets=tmp_path)
+    made = other.mint(key(other), Scope(most_bits=9), "agent")
+    found = other.keys.authenticate(made.text)
+    assert (found.role, found.scope.most_bits, found.token_ids) == (Role.agent, 9, (made.token_id,))
+    assert (tmp_path / "tokens.key").stat().st_mode & 0o777 == 0o600
+    other.close()
+
+
+def test_what_is_left_is_the_tightest_of_all_that_is_paid_from(gate: Gate) -> None:
+    who = key(gate, scope=Scope(most_bits=1000))
+    assert gate.left_bits(who, gate.lineage(FACTS)) == gate.budget(who, FACTS).left_bits == 1000
+    assert gate.left_bits(key(gate), gate.lineage(FACTS)) == DAY
+    assert gate.left_bits(key(gate, Tier.open), gate.lineage(OPEN)) is None

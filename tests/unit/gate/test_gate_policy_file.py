@@ -120,3 +120,19 @@ def test_a_meaning_is_of_its_setting() -> None:
     assert {path: policy_file.meaning(path) for path in known} == known
     raw = policy_file.meaning("people.tiers.trusted.raw")
     assert raw == "whether rows leave in an answer (`direct`), through the `airlock` only, or `never`."
+
+
+def test_a_meaning_may_have_more_than_one_line() -> None:
+    doc = """Words.
+
+    Attributes:
+        one, two: first
+            and second.
+        three: third.
+    """
+    assert policy_file._attributes(doc) == {
+        "one": "first and second.",
+        "two": "first and second.",
+        "three": "third.",
+    }
+    assert policy_file._attributes("Words.") == {}

@@ -114,3 +114,9 @@ def test_a_child_that_closes_leaves_its_parents_session_alone(server_gate: Room)
     assert not neighbour.database.presence.is_dead(presence.instance)
     assert neighbour.database.presence.is_dead("not a name of ours")
     neighbour.close()
+
+
+def test_a_process_never_takes_itself_for_dead(server_gate: Room) -> None:
+    presence = server_gate.database.presence
+    assert not presence.is_dead(presence.instance)
+    assert presence.is_dead("no instance")

@@ -374,3 +374,26 @@ def test_the_description_and_a_replay() -> None:
     assert json.loads(release.document({"openapi": "3.1"}).payload) == {"openapi": "3.1"}
     out = release.replay(b"same", CHARGE)
     assert (out.payload, out.status, out.charge) == (b"same", 200, CHARGE)
+
+
+# ---- what others charged, or made -----------------------------------------------------------------
+
+
+def test_a_ticket_costs_its_whole_price() -> None:
+    view = about.HealthView(status="ok", version="x")
+    priced = press().ticket(view, price(ticket=100))
+    assert (priced.bits, priced.payload) == (OVERHEAD + 100, release.public(view).payload)
+
+
+def test_a_file_of_the_airlock_is_a_file() -> None:
+    out = release.exported(b"file", CHARGE)
+    assert (out.payload, out.status, out.charge, out.media_type) == (b"file", 200, CHARGE, release.FILE)
+    assert release.public(about.HealthView(status="ok", version="x")).media_type == release.JSON
+
+
+def test_what_another_process_made_is_handed_on_as_it_is() -> None:
+    out = release.forwarded(b"{}", 503, None, 7)
+    assert (out.payload, out.status, out.charge, out.retry_after_s) == (b"{}", 503, None, 7)
+    assert out.media_type == release.JSON
+    whole = release.forwarded(b"file", 200, CHARGE, None, release.FILE)
+    assert (whole.charge, whole.media_type) == (CHARGE, release.FILE)

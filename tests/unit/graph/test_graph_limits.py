@@ -73,3 +73,16 @@ def test_top_p_is_refused_where_it_would_do_nothing() -> None:
     assert caught.value.code == "bad_value"
     assert "temperature" in caught.value.reason
     assert strict.parse(Generation, b'{"temperature": 0.7, "top_p": 0.9}').top_p == 0.9
+
+
+def test_a_program_that_names_too_many_values_is_refused_before_they_are_looked_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(check, "MAX_REFERENCES", 3)
+    out = {"op": "lens", "id": "out", "of": ["r", "s"]}
+    nodes = [READ, {**READ, "id": "s"}, out, {"op": "capture", "id": "kept", "of": ["r"]}]
+    assert _check(nodes, (3,)).outputs()
+    with pytest.raises(errors.ProgramError) as caught:
+        _check([*nodes, {"op": "capture", "id": "more", "of": ["s"]}], (3,))
+    assert (caught.value.code, caught.value.path) == ("too_many_nodes", "program.nodes")
+    assert "4 values" in caught.value.reason
