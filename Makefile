@@ -1,6 +1,6 @@
 # Everything a contributor runs. Needs GNU make and Python 3.11 or newer; the rest is installed into .venv.
 #   make demo    a tour of Trocar on a small model, ending in report.html
-#   make test    every test
+#   make test    every test, in two processes; JOBS=0 for one, ARGS="-k words" for some
 #   make check   what CI runs: format, lint, types, layers, docs, tests
 #   make sizes   lengths of functions and files;   make bench   benchmarks;   make docs   the site in site/
 #   make lock    writes constraints.txt and server.lock, the versions that are installed
@@ -16,6 +16,7 @@ PINS := pyproject.toml constraints.txt
 # Two threads on small tensors cost more than one saves, and results must not depend on the machine.
 export OMP_NUM_THREADS ?= 1
 export PYTHONHASHSEED ?= 0
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format lint types layers docs reference sizes bench lock clean
@@ -40,7 +41,7 @@ demo: $(VENV)/.demo
 	$(BIN)/trocar demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 check: format lint types layers docs test
 

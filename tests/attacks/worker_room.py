@@ -248,8 +248,10 @@ class Cell:
         return Wire(self.app, self.service.gate.keys.create(tenant, tier, Role.researcher).secret)
 
     def behave(self) -> None:
+        """The worker is honest again, and an operator lets it go on."""
         self.engine.behave()
         self.worker.behave()
+        self.service.gate.ledger.thaw(self.engine.honest.facts.lineage, key_id="op")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`trocar ledger`: look at budgets and at the log, and check both, also while a server runs.
+"""`trocar ledger`: look at budgets and at the log, check both, stop and start a lineage, also while a server runs.
 
 The ledger is opened without `gate.Ledger`, whose opening charges the reservations of dead processes: looking
 at a ledger must not add to it, least of all to one that is damaged.
@@ -7,7 +7,7 @@ at a ledger must not add to it, least of all to one that is damaged.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from trocar.gate.accounts import Account
     from trocar.gate.chain import Head
+    from trocar.gate.database import Database
 
 
 @contextmanager
@@ -33,15 +34,23 @@ def reading(folder: Folder) -> Iterator[Connection]:
         NotFound: `no_ledger`.
         ServerFault: `ledger_unavailable`.
     """
+    with _opened(folder) as database, database.read() as connection:
+        yield connection
+
+
+@contextmanager
+def _writing(folder: Folder) -> Iterator[Connection]:
+    with _opened(folder) as database, database.write() as connection:
+        yield connection
+
+
+@contextmanager
+def _opened(folder: Folder) -> Iterator[Database]:
     from trocar.gate.database import Database
 
     folder.require_ledger()
-    database = Database(folder.ledger_url)
-    try:
-        with database.read() as connection:
-            yield connection
-    finally:
-        database.close()
+    with closing(Database(folder.ledger_url)) as database:
+        yield database
 
 
 def problems(connection: Connection, anchor: Head | None = None) -> list[str]:
@@ -113,6 +122,31 @@ def log(
         for e in found
     )  # fmt: skip
     show.table(("seq", "time", "kind", "key", "lineage", "held", "charged", "hash"), rows)
+
+
+LineageArgument = Annotated[str, typer.Argument(help="As `trocar ledger show` names it.")]
+
+
+def freeze(
+    lineage: LineageArgument,
+    reason: Annotated[str, typer.Option(help="Told to whoever is refused.")],
+    data: DataOption = None,
+) -> None:
+    """Stop a lineage at once: nothing of its models is admitted, charged or repeated, for any key."""
+    from trocar.gate import accounts, chain
+
+    with _writing(Folder.at(data)) as connection:
+        accounts.freeze(connection, lineage, reason, key_id="", now_ms=chain.now_ms())
+    print(f"{lineage} is frozen; `trocar ledger thaw` lets it go on")
+
+
+def thaw(lineage: LineageArgument, data: DataOption = None) -> None:
+    """Let a frozen lineage go on, after you have looked at why it was stopped."""
+    from trocar.gate import accounts, chain
+
+    with _writing(Folder.at(data)) as connection:
+        accounts.thaw(connection, lineage, key_id="", now_ms=chain.now_ms())
+    print(f"{lineage} goes on")
 
 
 def anchor_of(text: str) -> Head | None:

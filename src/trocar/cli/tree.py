@@ -57,7 +57,16 @@ def command() -> Any:
         key.list_,
         key.revoke,
     )
-    _noun(root, "ledger", "Budgets and the hash-chained log.", ledger.show_, ledger.verify, ledger.log)
+    _noun(
+        root,
+        "ledger",
+        "Budgets, the hash-chained log, and stopping a lineage.",
+        ledger.show_,
+        ledger.verify,
+        ledger.log,
+        ledger.freeze,
+        ledger.thaw,
+    )
     _noun(
         root,
         "policy",

@@ -186,19 +186,34 @@ def require_not_frozen(connection: Connection, lineage: str) -> None:
 
 
 def freeze(connection: Connection, lineage: str, reason: str, *, key_id: str, now_ms: int) -> Head:
-    """Freezes or, with an empty reason, thaws a lineage; nothing changes when it is so already.
+    """Stops a lineage; nothing changes when it is stopped already.
+
+    Raises:
+        ProgramError: `bad_value` when it was never declared, or for a reason that is not 1 to 200 printable characters.
+    """
+    if not 1 <= len(reason) <= 200 or not reason.isprintable():
+        raise errors.refuse("bad_value", "reason", "a reason is 1 to 200 printable characters")
+    return _stop(connection, lineage, reason, Kind.frozen, key_id, now_ms)
+
+
+def thaw(connection: Connection, lineage: str, *, key_id: str, now_ms: int) -> Head:
+    """Lets a stopped lineage go on; nothing changes when it is not stopped.
 
     Raises:
         ProgramError: `bad_value` when it was never declared.
     """
-    query = select(LINEAGES.c.frozen).where(LINEAGES.c.name == lineage)
-    found = connection.execute(query).scalar_one_or_none()
-    if found is None:
-        raise errors.refuse("bad_value", "lineage", f"no lineage {lineage[:80]!r} was declared")
-    if bool(found) == bool(reason):
+    return _stop(connection, lineage, "", Kind.thawed, key_id, now_ms)
+
+
+def _stop(connection: Connection, lineage: str, reason: str, kind: Kind, key_id: str, now_ms: int) -> Head:
+    query = select(LINEAGES.c.name, LINEAGES.c.frozen)
+    found = {row.name: row.frozen for row in connection.execute(query)}
+    if lineage not in found:
+        near = errors.closest(lineage, found)
+        raise errors.refuse("bad_value", "lineage", f"no lineage {lineage[:80]!r} was declared", closest=near)
+    if bool(found[lineage]) == bool(reason):
         return chain.head(connection)
     connection.execute(update(LINEAGES).where(LINEAGES.c.name == lineage).values(frozen=reason))
-    kind = Kind.frozen if reason else Kind.thawed
     return chain.append(
         connection, kind, key_id=key_id, lineage=lineage, detail={"reason": reason}, time_ms=now_ms
     )

@@ -7,6 +7,7 @@ prices, payers and limits here; what they mean, the other files of this room kno
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -40,6 +41,7 @@ from trocar.graph.facts import ModelFacts
 from trocar.sites import parse
 from trocar.wire import results as r
 
+log = logging.getLogger(__name__)
 ACCOUNT_ENTRIES: Final = 1000
 SIGNING_FILE: Final = "tokens.key"
 """The file of the secret that signs tokens; see `tokens.py`."""
@@ -302,9 +304,22 @@ class Gate:
         priced = press(Press(hold.facts, hold.tongue, hold.prices))
         return release.seal(priced, lambda bits, payload: self._settle(hold, bits, payload))
 
-    def cancel(self, hold: Hold) -> None:
-        """Ends a request that gave nothing: the overhead stays charged, the rest is refunded."""
-        self.ledger.cancel(hold.reservation, hold.cost.bits_out["overhead"])
+    def cancel(self, hold: Hold, fault: BaseException) -> None:
+        """Ends a request that gave nothing: the overhead stays charged, the rest is refunded.
+
+        Args:
+            fault: why. A worker whose result was not the declared one freezes what is secret: an honest one never
+                does this.
+        """
+        try:
+            lineage = self.lineage(hold.facts)
+            if lineage.cap is not None and _code(fault) == "bad_result":
+                log.critical(
+                    "ALERT: a result was not what was declared; the lineage %s is frozen", lineage.name
+                )
+                self.ledger.freeze(lineage.name, "a worker's result was not what was declared")
+        finally:
+            self.ledger.cancel(hold.reservation, hold.cost.bits_out["overhead"])
 
     def _settle(self, hold: Hold, bits: int, payload: bytes) -> r.Charge:
         charge = self.ledger.settle(hold.reservation, bits, payload)
@@ -328,6 +343,10 @@ class Gate:
 
     def close(self) -> None:
         self._opened.close()
+
+
+def _code(fault: BaseException) -> str:
+    return fault.code if isinstance(fault, errors.TrocarError) else ""
 
 
 def _entry(entry: Entry) -> r.LedgerEntryView:

@@ -241,8 +241,6 @@ class Ledger:
         Raises:
             ProgramError: `bad_value`.
         """
-        if not 1 <= len(reason) <= 200 or not reason.isprintable():
-            raise errors.refuse("bad_value", "reason", "a reason is 1 to 200 printable characters")
         with self._write() as (connection, now_ms):
             return accounts.freeze(connection, lineage, reason, key_id=key_id, now_ms=now_ms)
 
@@ -253,7 +251,7 @@ class Ledger:
             ProgramError: `bad_value`.
         """
         with self._write() as (connection, now_ms):
-            return accounts.freeze(connection, lineage, "", key_id=key_id, now_ms=now_ms)
+            return accounts.thaw(connection, lineage, key_id=key_id, now_ms=now_ms)
 
     def raise_limits(self, owner: str, lineage: str, limits: Limits, *, approval: str) -> Head:
         """Gives an open account larger limits. They hold until configuration asks for less than ever before.

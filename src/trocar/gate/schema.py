@@ -101,14 +101,19 @@ def require(arrays: Arrays, wanted: tuple[Field, ...]) -> None:
         ServerFault: `bad_result`.
     """
     if set(arrays) != {f.name for f in wanted}:
-        raise _bad(f"{len(arrays)} arrays came where {len(wanted)} were declared, or others")
+        raise bad("it holds other arrays")
     for field in wanted:
         array = arrays[field.name]
         if array.dtype != np.dtype(field.type) or array.shape != field.shape:
-            raise _bad(f"an array is not {field.type}{list(field.shape)} as declared")
+            raise bad(f"an array is not {field.type}{list(field.shape)} as declared")
 
 
-def _bad(why: str) -> errors.TrocarError:
+def bad(why: str) -> errors.TrocarError:
+    """The fault of a worker that sent something else.
+
+    Args:
+        why: in our own words; how much came, or what, would be the worker's.
+    """
     return errors.refuse("bad_result", "", f"the worker's result is not what was declared: {why}")
 
 
@@ -126,9 +131,9 @@ def sampled(checked: Checked, arrays: Arrays) -> tuple[int, ...]:
         return (0,) * len(checked.lengths)
     found = tuple(int(n) for n in arrays[LENGTHS])
     if not all(1 <= n <= most for n in found):
-        raise _bad("a number of generated tokens is not possible")
+        raise bad("a number of generated tokens is not possible")
     if not checked.generation.stop_at_eos and set(found) != {most}:
-        raise _bad("a text ended early that may not")
+        raise bad("a text ended early that may not")
     return found
 
 

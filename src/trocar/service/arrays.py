@@ -39,11 +39,13 @@ def of_result(checked: Checked, result: TaskResult, n_heads: int) -> dict[str, A
     Raises:
         ServerFault: `internal` when the engine's rows are not those of the program.
     """
+    declared = {field.name: field for field in schema.fields(checked, n_heads)}
     found: dict[str, Array] = {}
     for node in checked.outputs():
         outcome = result.outputs[node.id]
         _require_rows(node, outcome, checked, result.lengths)
-        found |= _numbers(node.id, outcome)
+        for name, array in _numbers(node.id, outcome).items():
+            found[name] = _filled(array, declared[name], outcome)
     effects = {e.id: e for e in result.edits}
     edits = [effects[node.id] for node in checked.edits()]
     if edits:
@@ -52,7 +54,7 @@ def of_result(checked: Checked, result: TaskResult, n_heads: int) -> dict[str, A
     if checked.generation.max_new_tokens:
         found[schema.LENGTHS] = np.array(result.lengths)
         _complete_texts(checked, result, found)
-    return {f.name: _filled(found[f.name], f) for f in schema.fields(checked, n_heads)}
+    return {name: found[name].astype(field.type, copy=False) for name, field in declared.items()}
 
 
 def _numbers(name: str, outcome: Outcome) -> Mapping[str, Array]:
@@ -86,10 +88,19 @@ def _complete_texts(checked: Checked, result: TaskResult, found: dict[str, Array
             found[f"{name}.ids"] = ids
 
 
-def _filled(array: Array, field: schema.Field) -> Array:
-    """The array in its declared size, zeros behind its last row."""
+def _filled(array: Array, field: schema.Field, outcome: Outcome) -> Array:
+    """The array in its declared size, zeros behind its last row; as many rows as the engine names, or it is refused."""
+    axis = 1 if isinstance(outcome, Lensed) else 0
+    n = (
+        field.shape[axis]
+        if isinstance(outcome, Metered | Captured | Generated)
+        else len(outcome.tags.prompts)
+    )
+    if array.shape != (*field.shape[:axis], n, *field.shape[axis + 1 :]):
+        reason = f"the engine gave {field.name!r} in another size than it said"
+        raise errors.refuse("internal", field.name, reason)
     out = np.zeros(field.shape, dtype=field.type)
-    out[tuple(slice(0, n) for n in array.shape)] = array
+    out[(slice(None),) * axis + (slice(0, n),)] = array
     return out
 
 

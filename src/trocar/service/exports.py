@@ -98,8 +98,8 @@ class Exports:
                 ticket = self._gate.airlock.submit(principal, _ask(request, of, lineage, order, arrays))
             view = self._seen(principal, ticket.id)
             return self._gate.release(hold, lambda press: press.ticket(view, cost))
-        except BaseException:
-            self._gate.cancel(hold)
+        except BaseException as e:
+            self._gate.cancel(hold, e)
             raise
 
     def submit_raise(self, principal: Principal, request: a.RaiseRequest) -> Released:

@@ -158,8 +158,8 @@ class Fit:
             made = self._result(found)
             self.gate.handles.add((self._handle(),))
             return self.gate.release(self.hold, lambda press: press.fit(made, self.hold.cost))
-        except BaseException:
-            self._undo()
+        except BaseException as e:
+            self._undo(e)
             raise
 
     @property
@@ -172,10 +172,10 @@ class Fit:
         name = self.hold.reservation.id
         return FitOrder(name, self._tenant, ask.request, sites, ask.labels, ask.groups, self.artifact)
 
-    def _undo(self) -> None:
+    def _undo(self, fault: BaseException) -> None:
         """Nothing was released: the artifact goes, the overhead stays charged."""
         try:
-            self.gate.cancel(self.hold)
+            self.gate.cancel(self.hold, fault)
         finally:
             self.gate.handles.forget(self._tenant, (self.artifact,))
             self.model.worker.erase(self._tenant, (self.artifact,))

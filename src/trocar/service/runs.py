@@ -26,14 +26,14 @@ class Run:
             ran = self.request.run(self.jobs.watch(job), {})
             self.gate.handles.add(ran.captured)
             return self.gate.release(self.hold, lambda press: press.run(ran.step, self.hold.cost))
-        except BaseException:
-            self._undo()
+        except BaseException as e:
+            self._undo(e)
             raise
 
-    def _undo(self) -> None:
+    def _undo(self, fault: BaseException) -> None:
         """Nothing was released: the rows go, the overhead stays charged."""
         try:
-            self.gate.cancel(self.hold)
+            self.gate.cancel(self.hold, fault)
         finally:
             self.gate.handles.forget(self.request.tenant, self.request.ids)
             self.model.worker.erase(self.request.tenant, self.request.ids)

@@ -278,8 +278,8 @@ class Service:
         try:
             tick_ms = self.gate.policy.terms(principal.tier).tick_ms
             view = self._jobs.start(principal.tenant, ask.kind, ask.total, work(hold), claim, tick_ms)
-        except errors.TrocarError:
-            self.gate.cancel(hold)
+        except errors.TrocarError as e:
+            self.gate.cancel(hold, e)
             raise
         return release.public(view, 202)
 

@@ -191,8 +191,8 @@ class Session:
                 self._erase()
             cost, keep = self.hold.cost, self.keep
             return self.gate.release(self.hold, lambda press: press.session(steps, cost, keep=keep))
-        except BaseException:
-            self._undo()
+        except BaseException as e:
+            self._undo(e)
             raise
 
     def _run(self, job: Job) -> list[release.Step]:
@@ -207,10 +207,10 @@ class Session:
             before += request.prepared.sequences
         return steps
 
-    def _undo(self) -> None:
+    def _undo(self, fault: BaseException) -> None:
         """Nothing was released: the rows go, the overhead stays charged."""
         try:
-            self.gate.cancel(self.hold)
+            self.gate.cancel(self.hold, fault)
         finally:
             self._erase()
 

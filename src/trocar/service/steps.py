@@ -79,7 +79,16 @@ class Request:
         order = RunOrder(self.id, self.tenant, self.prepared, self.handles, made, begun)
         with faults.reworded(self.model.facts, self._names):
             arrays = self.model.worker.run(order, watch)
+        self._require_declared(arrays)
         return Ran(self._step(arrays), tuple(self._captured(arrays)))
+
+    def _require_declared(self, arrays: Sequence[Arrays]) -> None:
+        """Before anything is read of them: a number of rows goes into the handles too."""
+        variants = self.prepared.variants
+        if len(arrays) != len(variants):
+            raise schema.bad("it holds another number of variants")
+        for variant, found in zip(variants, arrays, strict=True):
+            schema.require(found, schema.fields(variant.checked, self.model.facts.n_heads))
 
     def _step(self, arrays: Sequence[Arrays]) -> release.Step:
         prepared = self.prepared

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from trocar import errors
 from trocar.gate.database import Database
 from trocar.gate.keys import Keys
 from trocar.gate.ledger import Ledger, Reservation
@@ -155,3 +156,25 @@ def test_a_file_that_is_no_ledger_is_a_fault(trocar: Any, home: Path) -> None:
     ran = trocar("ledger", "verify")
     assert ran.code == 3
     assert "[ledger_unavailable]" in ran.err
+
+
+def test_a_lineage_is_stopped_and_goes_on_by_hand(trocar: Any, home: Path, secret: str) -> None:
+    spend(home, secret)
+    assert trocar("ledger", "freeze", "base", "--reason", "a strange answer").code == 0
+    with pytest.raises(errors.PolicyRefusal, match="a strange answer") as caught:
+        spend(home, secret)
+    assert caught.value.code == "lineage_frozen"
+    assert trocar("ledger", "thaw", "base").code == 0
+    spend(home, secret)
+    kinds = [e["kind"] for e in trocar("ledger", "log", "--json").json]
+    assert [k for k in kinds if k in ("frozen", "thawed")] == ["frozen", "thawed"]
+    assert trocar("ledger", "verify").code == 0
+
+
+def test_a_lineage_that_was_never_declared_is_not_stopped(trocar: Any, home: Path, secret: str) -> None:
+    spend(home, secret)
+    ran = trocar("ledger", "freeze", "bose", "--reason", "x")
+    assert ran.code == 2
+    assert "[bad_value]" in ran.err
+    assert "closest: 'base'" in ran.err
+    assert trocar("ledger", "freeze", "base", "--reason", "").code == 2

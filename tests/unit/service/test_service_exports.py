@@ -321,6 +321,8 @@ def test_a_worker_that_gives_other_arrays_is_at_fault(
         before = charged(house, "ada")
         assert code(lambda: submit(house, "ada", probe)) == "bad_result"
         assert charged(house, "ada") - before == OVERHEAD
+        assert code(lambda: submit(house, "ada", probe)) == "lineage_frozen"
+        house.service.gate.ledger.thaw("shut", key_id="op")
 
 
 def test_a_workers_words_do_not_leave(house: Any, probe: str, monkeypatch: pytest.MonkeyPatch) -> None:
