@@ -10,11 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from trocar.sites import Site
-
-Side = Literal["in", "out"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,25 +108,6 @@ def ends(
         for target in (canonical(Site(one.target, source.layer)),)
         if {source, target} <= (first if one.first_only else everywhere)
     )
-
-
-def sides(
-    sites: Iterable[Site], at_first: Iterable[Site] = (), maps: tuple[LinearMap, ...] = LINEAR_MAPS
-) -> tuple[tuple[str, Side], ...]:
-    """The name of each map of which the sites give one side away, and which: `("z>attn_out.3", "in")`.
-
-    Kept over many requests, they tell when a second one asks for the other side.
-    """
-    everywhere, first = known(sites), known(at_first, first=True)
-    found: set[tuple[str, Side]] = set()
-    for one in maps:
-        for site in first if one.first_only else everywhere:
-            name = f"{one.source}>{one.target}.{site.layer}{'@0' if one.first_only else ''}"
-            if site.name == one.source:
-                found.add((name, "in"))
-            if site == canonical(Site(one.target, site.layer)):
-                found.add((name, "out"))
-    return tuple(sorted(found))
 
 
 def _place(site: Site) -> tuple[int, str]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trocar.graph.linear_maps import LINEAR_MAPS, canonical, ends, known, sides
+from trocar.graph.linear_maps import LINEAR_MAPS, canonical, ends, known
 from trocar.sites import SITES, Site, parse
 
 
@@ -163,22 +163,3 @@ def test_more_sites_never_give_away_less(held: set[Site], more: Site) -> None:
     assert set(ends(held, held)) <= set(ends(held | {more}, held | {more}))
     assert known(held) == known(known(held))
     assert {canonical(s) for s in held} <= known(held)
-
-
-def test_sides_are_named_so_that_a_second_request_meets_the_first() -> None:
-    assert sides(sites("z.3")) == (("z>attn_out.3", "in"),)
-    assert ("z>attn_out.3", "out") in sides(sites("attn_out_post.3"))
-    assert ("z>attn_out.3", "out") in sides(sites("resid_pre.3 resid_mid.3"))
-    assert ("attn_in>q.4", "in") in sides(sites("resid_post.3"))
-    assert {name for name, _ in sides(sites("resid_pre.3")) if name.endswith("@0")} == set()
-    assert ("attn_in>resid_mid.3@0", "in") in sides(sites("resid_pre.3"), sites("resid_pre.3"))
-    assert ("attn_in>resid_mid.3@0", "out") in sides(sites("resid_mid.3"), sites("resid_mid.3"))
-    assert sides(sites("final_norm")) == ()
-
-
-@given(st.sets(ANY))
-def test_both_sides_of_a_map_are_given_away_exactly_when_both_ends_are(held: set[Site]) -> None:
-    given_away = [name for name, _ in sides(held, held)]
-    both = {name for name in given_away if given_away.count(name) == 2}
-    assert bool(both) is bool(ends(held, held))
-    assert len(both) == len(ends(held, held))
