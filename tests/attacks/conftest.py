@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
-for room in ("arch", "conformance", "e2e", "unit/api", "unit/gate"):
+for room in ("arch", "conformance", "e2e", "unit/api", "unit/gate", "unit/graph"):
     sys.path.insert(0, str(TESTS / room))
 sys.path.insert(0, str(Path(__file__).parent))
 

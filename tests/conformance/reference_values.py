@@ -94,13 +94,13 @@ class Values:
     def largest(self, rows: torch.Tensor, k: int) -> torch.Tensor:
         """Rows with all but their k largest numbers zero; of equal numbers the first stays."""
         flat = rows.reshape(-1, rows.shape[-1])
-        out = torch.zeros_like(flat)
-        for row, kept in zip(flat, out, strict=True):
-            order = sorted(range(len(row)), key=lambda i: (-float(row[i]), i))
-            kept[order[:k]] = row[order[:k]]
+        kept = torch.zeros_like(flat, dtype=torch.bool)
+        for i, row in enumerate(flat.tolist()):
+            order = sorted(range(len(row)), key=lambda j: (-row[j], j))
+            kept[i, order[:k]] = True
             if k < len(row):
-                self.compared(row[order[k - 1]], row[order[k]])
-        return out.reshape(rows.shape)
+                self.compared(flat[i, order[k - 1]], flat[i, order[k]])
+        return torch.where(kept, flat, torch.zeros_like(flat)).reshape(rows.shape)
 
     def compared(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """Notes how near two sides of a comparison were; equal ones are equal by construction."""

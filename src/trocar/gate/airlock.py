@@ -23,6 +23,7 @@ from sqlalchemy import Connection
 
 from trocar import errors
 from trocar.gate import airlock_records, chain, checks, exposures, keys, manifest, plain_text, roles
+from trocar.gate.accounts import owner_of
 from trocar.gate.airlock_desk import OPEN, Desk, Rules, actor_of
 from trocar.gate.airlock_records import Ticket
 from trocar.gate.airlock_request import ExportAsk, ExportFacts, RaiseAsk, RaiseFacts, Request
@@ -30,7 +31,7 @@ from trocar.gate.airlock_states import Action, Actor, Parties, State, first_stat
 from trocar.gate.airlock_tables import REQUESTS
 from trocar.gate.checks import Check, Checked, Description, Disposition, ExportTerms
 from trocar.gate.database import Database
-from trocar.gate.exposures import Exposure, Leaving
+from trocar.gate.exposures import Exposure
 from trocar.gate.keys import Principal
 from trocar.gate.ledger import Ledger, Replay, Reservation
 from trocar.gate.limits import Limits, Payer
@@ -76,6 +77,10 @@ def _terms(_caller: Principal, _lineage: Lineage) -> ExportTerms:
     return ExportTerms()
 
 
+def _exposing(_caller: Principal, _lineage: Lineage, _what: ExportFacts, _request: str) -> Exposure:
+    return Exposure()
+
+
 class Airlock(Desk):
     """The whole airlock of one server.
 
@@ -83,6 +88,7 @@ class Airlock(Desk):
         key: signs what leaves.
         paying: the payers and the lineage's limits for a caller, from the policy; may refuse.
         terms: what a caller may export of a lineage, from the policy; may refuse.
+        exposing: what a request of this id exposes, and how much of it the policy allows.
         overhead_bits: part of every price, as the ledger wants it.
     """
 
@@ -94,6 +100,7 @@ class Airlock(Desk):
         paying: Callable[[Principal, Lineage], Paying],
         *,
         terms: Callable[[Principal, Lineage], ExportTerms] = _terms,
+        exposing: Callable[[Principal, Lineage, ExportFacts, str], Exposure] = _exposing,
         rules: Rules | None = None,
         overhead_bits: int = 256,
         clock: Callable[[], int] = chain.now_ms,
@@ -103,6 +110,7 @@ class Airlock(Desk):
         self._key = key
         self._paying = paying
         self._terms = terms
+        self._exposing = exposing
         self._overhead_bits = overhead_bits
 
     @property
@@ -115,7 +123,8 @@ class Airlock(Desk):
 
         Raises:
             PolicyRefusal: `export_refused` with each reason when the checks fail: nothing is kept but that it
-                was asked. `not_allowed` for a role that does not ask.
+                was asked. `rank_exhausted` for more rows of a site than may leave. `not_allowed` for a role that does
+                not ask.
             ProgramError: `bad_value` for text that cannot be kept, or arrays that are no float32 rows.
             Overloaded: `queue_full` when too many requests of the project are undecided.
         """
@@ -180,7 +189,7 @@ class Airlock(Desk):
         Raises:
             NotFound: `airlock_not_found`.
             PolicyRefusal: `not_allowed` for everybody but the key that asked; `budget_exhausted`,
-                `lineage_frozen` or `policy` from the ledger: nothing leaves.
+                `rank_exhausted`, `lineage_frozen` or `policy` from the ledger: nothing leaves.
             Conflict: `airlock_state` when it is not approved, or was rejected meanwhile.
             ServerFault: `store_damaged` when anything of it was touched since it was submitted.
         """
@@ -218,6 +227,9 @@ class Airlock(Desk):
             request = self._request(connection, actor, ask, what, terms, now_ms)
             parties = Parties(request.kind, actor, frozenset(), (), request.needed)
             failed = request.checked.disposition is Disposition.fail
+            if isinstance(what, ExportFacts) and not failed:  # nobody decides on what could not leave
+                exposed = self._exposing(caller, ask.lineage, what, request.id)
+                exposures.require_room(connection, exposed, owner_of(caller.key_id), ask.lineage.name)
             state = first_state(parties, failed=failed)
             return airlock_records.enter(connection, request, state, b"" if failed else frozen(), now_ms)
 
@@ -271,7 +283,7 @@ class Airlock(Desk):
             limits=paying.limits,
             request_digest=ticket.digest,
             idempotency_key=f"airlock:{ticket.id}",
-            exposure=_exposure(request.lineage, what, self._terms(principal, request.lineage)),
+            exposure=self._exposing(principal, request.lineage, what, ticket.id),
             request_id=ticket.id,
         )
 
@@ -338,14 +350,6 @@ def _left_before(connection: Connection, lineage: Lineage) -> tuple[Site, ...]:
     what = [t.request.what for t in found]
     may_leave = {site for facts in what if isinstance(facts, ExportFacts) for site in facts.sites}
     return tuple(sorted(left | may_leave, key=str))
-
-
-def _exposure(lineage: Lineage, what: ExportFacts, terms: ExportTerms) -> Exposure:
-    """What leaves as it is; of open weights nobody needs to keep it."""
-    if lineage.cap is None:
-        return Exposure()
-    leaving = [Leaving(p.site, p.first) for p in what.parts if p.site in what.sites and p.site is not None]
-    return Exposure(leaving=tuple(leaving), maps=terms.maps)
 
 
 def _tensors(what: ExportFacts, frozen: bytes) -> dict[str, npt.NDArray[np.generic]]:

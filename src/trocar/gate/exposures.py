@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,6 +25,7 @@ from trocar.gate.limits import EVERYONE, MAX_BITS
 from trocar.gate.tables import DIRECTIONS, EXPORTED
 from trocar.graph import linear_maps
 from trocar.graph.linear_maps import LINEAR_MAPS, LinearMap
+from trocar.graph.streams import canonical
 from trocar.sites import Site, parse
 
 MOST_AT_ONCE: Final = 10_000
@@ -99,9 +100,7 @@ def record(connection: Connection, exposure: Exposure, owner: str, lineage: str)
         PolicyRefusal: `rank_exhausted` or `policy`; the caller's transaction must not commit then.
     """
     new: dict[tuple[str, str], Direction] = {}
-    for who, limits in ((owner, exposure.key_limits), (EVERYONE, exposure.lineage_limits)):
-        unseen = _unseen(connection, exposure.directions, who, lineage)
-        _require_room(connection, unseen, who, lineage, limits or {})
+    for who, unseen in _admissible(connection, exposure, owner, lineage):
         new.update({(d.site, d.digest): d for d in unseen})
         if unseen:
             connection.execute(insert(DIRECTIONS), [_row(d, who, lineage) for d in unseen])
@@ -114,6 +113,26 @@ def record(connection: Connection, exposure: Exposure, owner: str, lineage: str)
         connection.execute(insert(EXPORTED), rows)
         detail["exported"] = [[site, first] for site, first in fresh]
     return detail
+
+
+def require_room(connection: Connection, exposure: Exposure, owner: str, lineage: str) -> None:
+    """Refuses directions for which there is no room now; counts nothing.
+
+    Raises:
+        PolicyRefusal: `rank_exhausted`.
+    """
+    for _ in _admissible(connection, exposure, owner, lineage):
+        pass
+
+
+def _admissible(
+    connection: Connection, exposure: Exposure, owner: str, lineage: str
+) -> Iterator[tuple[str, list[Direction]]]:
+    """The directions that are new for `owner`, then those that are new for everyone, if there is room for them."""
+    for who, limits in ((owner, exposure.key_limits), (EVERYONE, exposure.lineage_limits)):
+        unseen = _unseen(connection, exposure.directions, who, lineage)
+        _require_room(connection, unseen, who, lineage, limits or {})
+        yield who, unseen
 
 
 def exported(connection: Connection, lineage: str) -> tuple[Leaving, ...]:
@@ -171,7 +190,7 @@ def _fresh(connection: Connection, exposure: Exposure, lineage: str) -> list[tup
     """What of the rows that leave is new, in order; refused when it makes two ends of one map known."""
     if not exposure.leaving:
         return []
-    asked = {Leaving(linear_maps.canonical(one.site), one.first) for one in exposure.leaving}
+    asked = {Leaving(canonical(one.site), one.first) for one in exposure.leaving}
     before = set(exported(connection, lineage))
     others = _ends(before - asked, exposure.maps)
     for source, target in _ends(before | asked, exposure.maps):

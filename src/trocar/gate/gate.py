@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Final, Literal
 
 from trocar import errors
-from trocar.gate import chain, policy_log, release, roles
+from trocar.gate import chain, exposing, policy_log, release, roles
 from trocar.gate.airlock import Airlock, Paying
 from trocar.gate.airlock_desk import Rules as AirlockRules
+from trocar.gate.airlock_request import ExportFacts
 from trocar.gate.answers import Tongue
 from trocar.gate.chain import Entry
 from trocar.gate.checks import ExportTerms
 from trocar.gate.database import Database
-from trocar.gate.exposures import Direction, Exposure, Leaving
+from trocar.gate.exposures import Exposure
 from trocar.gate.handles import Handle, Handles
 from trocar.gate.keys import Keys, NewToken, Principal
 from trocar.gate.ledger import Ledger, Replay, Reservation
@@ -38,7 +39,6 @@ from trocar.gate.use import Use
 from trocar.graph.cost import Cost, Prices
 from trocar.graph.facts import ModelFacts
 from trocar.graph.linear_maps import LINEAR_MAPS
-from trocar.sites import parse
 from trocar.wire import results as r
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ class Gate:
         self._cap = Tier(self.policy.data.lineage_tier) if cap is None else cap
         self._token_root = None if secrets is None else secrets / SIGNING_FILE
         self._changing = threading.Lock()
+        self._n_layers: dict[str, int] = {}  # by fingerprint
         with ExitStack() as opened:
             self._database = Database(url)
             opened.callback(self._database.close)
@@ -117,6 +118,7 @@ class Gate:
                 self._payers(principal, lineage), self.policy.lineage_limits(lineage)
             ),
             terms=self._export_terms,
+            exposing=self._export_exposure,
             rules=AirlockRules(
                 approvers=said.approvers, open_approvers=said.open_approvers, life_ms=said.days * _DAY_MS
             ),
@@ -153,6 +155,7 @@ class Gate:
     def declare(self, facts: ModelFacts) -> None:
         """Opens the lineage's account when a model is loaded."""
         lineage = self.lineage(facts)
+        self._n_layers[facts.fingerprint] = facts.n_layers
         self.ledger.declare(lineage, self.policy.lineage_limits(lineage))
 
     def require(self, principal: Principal, power: Power) -> None:
@@ -286,15 +289,15 @@ class Gate:
         """What the structure rules count; of open weights nothing."""
         if lineage.cap is None:
             return None
-        widths = {d.site: facts.width(parse(d.site)) for d in use.directions}
-        key = {site: self.policy.rank_limit(principal.tier, width) for site, width in widths.items()}
-        return Exposure(
-            tuple(Direction(d.site, d.digest, d.rank) for d in use.directions),
-            tuple(Leaving(site, first) for site, first in use.exported),
-            () if self.policy.data.linear_maps else LINEAR_MAPS,
-            {site: limit for site, limit in key.items() if limit is not None},
-            {site: self.policy.lineage_rank_limit(width) for site, width in widths.items()},
-        )
+        return exposing.of_use(self.policy, principal.tier, facts, use)
+
+    def _export_exposure(
+        self, principal: Principal, lineage: Lineage, what: ExportFacts, request: str
+    ) -> Exposure:
+        if lineage.cap is None:
+            return Exposure()
+        n_layers = self._n_layers.get(what.fingerprint)
+        return exposing.of_export(self.policy, principal.tier, what, request, n_layers)
 
     def release(
         self,

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from trocar.graph.streams import NORMS, canonical
 from trocar.sites import Site
 
 
@@ -44,19 +45,8 @@ LINEAR_MAPS: Final = (
 )
 """`mlp_act` counts as linear: a gated unit is two linear maps, and known inputs tell them apart."""
 
-_SAME: Final = {"attn_out_post": "attn_out", "mlp_out_post": "mlp_out"}
 _SAME_AT_FIRST: Final = (("v", "z"), ("z", "v"))
-_NORMS: Final = (("resid_pre", "attn_in"), ("resid_mid", "mlp_in"))
 _SUMS: Final = (("resid_pre", "attn_out", "resid_mid"), ("resid_mid", "mlp_out", "resid_post"))
-
-
-def canonical(site: Site) -> Site:
-    """The one name of what has several: the stream between two layers, an output without a sandwich norm."""
-    if site.name == "embeddings":
-        return Site("resid_pre", 0)
-    if site.name == "resid_post" and site.layer is not None:
-        return Site("resid_pre", site.layer + 1)
-    return Site(_SAME.get(site.name, site.name), site.layer)
 
 
 def known(sites: Iterable[Site], *, first: bool = False) -> frozenset[Site]:
@@ -76,7 +66,7 @@ def known(sites: Iterable[Site], *, first: bool = False) -> frozenset[Site]:
 
 
 def _implied(found: set[Site], layer: int, first: bool) -> Iterable[Site]:
-    for stream, normed in _NORMS:
+    for stream, normed in NORMS:
         # from the normed rows the stream follows but for each row's length, which a sum with others tells
         if found & {Site(stream, layer), Site(normed, layer)}:
             yield from (Site(stream, layer), Site(normed, layer))

@@ -7,10 +7,10 @@ layers, and not from both ends of one matrix. All of it follows from the program
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from trocar import errors, sites
-from trocar.graph import linear_maps, ops
+from trocar.graph import linear_maps, ops, streams
 from trocar.graph.labels import Rules
 from trocar.graph.program import Program
 from trocar.graph.scope import Selection, Walk
@@ -33,7 +33,8 @@ def refusals(program: Program, walk: Walk, rules: Rules, refused: set[str]) -> I
                 yield errors.refusal("policy", f"program.nodes[{i}].of[{j}]", why)
     if not rules.linear_maps:
         values = [walk.values[ref] for _, node in nodes for ref in node.of]
-        yield from _matrices(values, walk.selections, f"program.nodes[{nodes[-1][0]}].of")
+        found = exported(values, walk.selections, walk.scope.model.n_layers)
+        yield from _matrices(found, f"program.nodes[{nodes[-1][0]}].of")
 
 
 def _closed(node: ops.Raw, path: str, rules: Rules) -> errors.Refusal:
@@ -65,11 +66,8 @@ def _layer(site: Site) -> int:
     return max(0, (site.layer or 0) - (site.name == "resid_pre"))
 
 
-def _matrices(
-    values: Iterable[Value], selections: Mapping[str, Selection], path: str
-) -> Iterator[errors.Refusal]:
+def _matrices(found: Sequence[tuple[Site, bool]], path: str) -> Iterator[errors.Refusal]:
     """One refusal for each matrix whose two ends are among the rows, or follow from them."""
-    found = exported(values, selections)
     for source, target in linear_maps.ends((s for s, _ in found), (s for s, first in found if first)):
         yield errors.refusal(
             "policy", path, f"rows of {source} and {target} are, or follow from, rows asked for here: together they "
@@ -78,9 +76,12 @@ def _matrices(
         )  # fmt: skip
 
 
-def exported(values: Iterable[Value], selections: Mapping[str, Selection]) -> tuple[tuple[Site, bool], ...]:
-    """The sites of reads, and of each whether position 0 is among its rows."""
-    return tuple(dict.fromkeys((v.sites[0], has_first(v, selections)) for v in values))
+def exported(
+    values: Iterable[Value], selections: Mapping[str, Selection], n_layers: int
+) -> tuple[tuple[Site, bool], ...]:
+    """The sites of reads, the last norm as the stream it reads, and of each whether position 0 is among its rows."""
+    found = ((streams.last(v.sites[0], n_layers), has_first(v, selections)) for v in values)
+    return tuple(dict.fromkeys(found))
 
 
 def has_first(value: Value, selections: Mapping[str, Selection]) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+
 from trocar.gate.use import Use
 from trocar.grants.scope import FIT
 from trocar.graph import exposure, ops
@@ -17,18 +19,26 @@ from trocar.service.prepare import Prepared, Vectors
 from trocar.sites import Site
 
 
-def of_run(prepared: Prepared, facts: ModelFacts, prefix: str = "") -> Use:
-    """Of one request, over all variants of a sweep. What is exposed is not counted for open weights."""
+def of_run(prepared: Prepared, facts: ModelFacts, prefix: str = "", session: str = "") -> Use:
+    """Of one request, over all variants of a sweep. What is exposed is not counted for open weights.
+
+    Args:
+        prefix: of paths.
+        session: digest of all programs that run before and after it, and whose rows it may use.
+    """
     used_ops = {f"{prefix}program.nodes[{i}].op": n.op for i, n in enumerate(prepared.program.nodes)}
     sites = dict[str, str]()
     directions = dict[exposure.Direction, None]()
     exported = dict[tuple[Site, bool], None]()
-    for variant in prepared.variants:
+    for number, variant in enumerate(prepared.variants):
         sites |= {prefix + path: site for path, site in _sites(prepared, variant, facts)}
         if not facts.open_weights:
             contents = dict(_contents(variant.checked.program, prepared.vectors))
-            directions |= dict.fromkeys(exposure.directions(variant.checked, contents, prepared.digest))
-            exported |= dict.fromkeys(exposure.exported(variant.checked))
+            request = f"{session}{prefix}{prepared.digest}:{number}"
+            directions |= dict.fromkeys(
+                exposure.directions(variant.checked, contents, request, facts.n_layers)
+            )
+            exported |= dict.fromkeys(exposure.exported(variant.checked, facts.n_layers))
     return Use(used_ops, sites, tuple(directions), tuple(exported))
 
 
@@ -46,7 +56,8 @@ def _sites(prepared: Prepared, variant: Variant, facts: ModelFacts) -> Iterator[
 
 def of_session(steps: Sequence[Prepared], facts: ModelFacts) -> Use:
     """Of all steps."""
-    found = [of_run(step, facts, f"steps[{i}].") for i, step in enumerate(steps)]
+    whole = hashlib.sha256("".join(step.digest for step in steps).encode()).hexdigest()
+    found = [of_run(step, facts, f"steps[{i}].", whole) for i, step in enumerate(steps)]
     return Use(
         {path: op for use in found for path, op in use.ops.items()},
         {path: site for use in found for path, site in use.sites.items()},
@@ -61,17 +72,18 @@ def of_fit(sites: Sequence[str], target_site: str | None = None) -> Use:
     return Use({"kind": FIT}, {**{f"handle[{i}]": site for i, site in enumerate(sites)}, **target})
 
 
-def _contents(program: Program, vectors: Vectors) -> Iterator[tuple[str, str]]:
-    """A digest of the numbers that each constant brings in; a handle's are its id."""
+def _contents(program: Program, vectors: Vectors) -> Iterator[tuple[str, exposure.Content]]:
+    """The numbers that each constant brings in; a handle's are its id."""
     for node in program.nodes:
         if isinstance(node, ops.Tensor):
-            yield node.id, _digest({"": node.name}, vectors)
+            yield node.id, _content({"": node.name}, vectors)
         elif isinstance(node, ops.Sae):
-            yield node.id, _digest(arrays(node), vectors)
+            yield node.id, _content(arrays(node), vectors)
 
 
-def _digest(names: Mapping[str, str], vectors: Vectors) -> str:
-    found = hashlib.sha256()
+def _content(names: Mapping[str, str], vectors: Vectors) -> exposure.Content:
+    found, nonzeros = hashlib.sha256(), 0
     for field, name in sorted(names.items()):
         found.update(f"{field}{vectors[name].shape}".encode() + vectors[name].tobytes())
-    return found.hexdigest()
+        nonzeros += int(np.count_nonzero(vectors[name]))
+    return exposure.Content(found.hexdigest(), nonzeros)

@@ -11,15 +11,17 @@ import numpy as np
 from trocar.gate.airlock import Airlock, ExportAsk, Paying, RaiseAsk
 from trocar.gate.airlock_desk import Rules
 from trocar.gate.airlock_records import Ticket
-from trocar.gate.airlock_request import Sent
+from trocar.gate.airlock_request import ExportFacts, Sent
 from trocar.gate.airlock_states import State
 from trocar.gate.checks import ExportKind, ExportTerms, Origin
 from trocar.gate.database import Database
+from trocar.gate.exposing import of_export
+from trocar.gate.exposures import Exposure
 from trocar.gate.keys import Keys, Principal
 from trocar.gate.ledger import Ledger
 from trocar.gate.limits import Limits, Payer
 from trocar.gate.manifest import SigningKey
-from trocar.gate.policy import Lineage, Role, Tier
+from trocar.gate.policy import Lineage, Policy, Role, Tier
 from trocar.graph.labels import Label
 from trocar.sites import Site
 
@@ -29,6 +31,13 @@ REASON, CONTROLS = "Figure 3 of the paper.", "One laptop, deleted after."
 OVERHEAD = 256
 DAY_MS = 86_400_000
 NOW_MS = 40_000 * DAY_MS
+
+
+def ranked(key_ppm: int, lineage_ppm: int) -> Policy:
+    """A policy with these shares of a site's width for one key, and for all keys."""
+    terms = {"life_ppm": 1_000, "day_ppm": 250, "rank_ppm": key_ppm, "tick_ms": 100}
+    tiers = dict.fromkeys(("trusted", "external", "agent"), terms)
+    return Policy.model_validate({"people": {"tiers": tiers}, "data": {"lineage_rank_ppm": lineage_ppm}})
 
 
 @dataclass
@@ -47,6 +56,7 @@ class Room:
     rules: Rules = field(default_factory=Rules)
     terms: ExportTerms = field(default_factory=ExportTerms)
     budget_bits: int = 1_000_000
+    policy: Policy = field(default_factory=lambda: ranked(1_000_000, 1_000_000))
     clock: Clock = field(default_factory=Clock)
     signing: SigningKey = field(default_factory=lambda: SigningKey(bytes(range(32))))
 
@@ -62,9 +72,14 @@ class Room:
         self.keys = Keys(self.database)
         self.ledger = Ledger(self.database, overhead_bits=OVERHEAD, clock=self.clock)
         self.airlock = Airlock(
-            self.database, self.ledger, self.signing, self.paying, terms=lambda *_: self.terms, rules=self.rules,
-            clock=self.clock,
+            self.database, self.ledger, self.signing, self.paying, terms=lambda *_: self.terms,
+            exposing=self.exposing, rules=self.rules, clock=self.clock,
         )  # fmt: skip
+
+    def exposing(self, who: Principal, lineage: Lineage, what: ExportFacts, request: str) -> Exposure:
+        if lineage.cap is None:
+            return Exposure()
+        return of_export(self.policy, who.tier, what, request, None)
 
     def paying(self, who: Any, lineage: Lineage) -> Paying:
         mine = Limits(None if lineage.cap is None else self.budget_bits)

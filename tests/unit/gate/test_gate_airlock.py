@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from airlock_room import DAY_MS, OPEN, OVERHEAD, SECRET, Room
+from airlock_room import DAY_MS, OPEN, OVERHEAD, SECRET, Room, ranked
 from gate_places import Place
 from safetensors.numpy import load
 
@@ -390,6 +390,36 @@ def test_what_fails_the_checks_is_entered_and_not_kept(room: Room) -> None:
         from trocar.gate import airlock_records
 
         assert airlock_records.content(connection, kept) == b""
+
+
+def test_rows_are_directions_of_their_site_and_have_its_limits(room: Room) -> None:
+    """Ten rows of width 64 are ten directions, however many requests they leave in; others have what is left."""
+    room.policy = ranked(250_000, 400_000)  # 16 of the key, 25 of everyone
+    submit = [room.agree(room.submit()) for _ in range(2)]
+    room.release(submit[0])
+    no = refused("rank_exhausted", lambda: room.release(submit[1]))
+    assert "'resid_pre.13'" in no.reason
+    assert "6 of 16 left" in no.reason
+    assert room.charged() == submit[0].request.price_bits
+    refused("rank_exhausted", room.submit)  # before anybody looks at it
+    assert [r.code.value for r in room.submit(room.rows(room.sent(site="z"))).request.checked.reasons] == [
+        "rows"
+    ]
+    dan, eve = (room.person(name, project="other") for name in ("dan", "eve"))
+    room.release(room.agree(room.submit(who=dan)), dan)
+    assert "everyone has 5 of 25 left" in refused("rank_exhausted", lambda: room.submit(who=eve)).reason
+    assert room.ledger.check() == []
+
+
+def test_a_file_that_left_may_be_fetched_again_when_no_direction_is_left(room: Room) -> None:
+    room.policy = ranked(160_000, 1_000_000)  # 10 of the key
+    ticket = room.agree(room.submit())
+    assert room.release(ticket).payload == room.release(ticket).payload
+
+
+def test_of_open_weights_rows_are_not_counted(room: Room) -> None:
+    room.policy = ranked(1, 1)
+    room.release(room.agree(room.submit(room.rows(lineage=OPEN))))
 
 
 def test_both_ends_of_a_matrix_in_two_requests_are_pointed_out_and_then_refused(room: Room) -> None:

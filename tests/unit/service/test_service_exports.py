@@ -148,7 +148,7 @@ def test_only_who_asked_gets_the_file(house: Any, probe: str) -> None:
 
 
 def test_rows_are_looked_at_and_come_back(house: Any) -> None:
-    handle = captured(house, "ada", "resid_post.3", at="prompt[-1]")
+    handle = captured(house, "ada", "resid_post.3", at="prompt[-1]", prompts=WORDS[:4])
     ticket = told(submit(house, "ada", handle))
     assert (ticket["kind"], ticket["checks"]) == ("rows", "review")
     assert {reason["code"] for reason in ticket["reasons"]} == {"rows"}
@@ -156,8 +156,19 @@ def test_rows_are_looked_at_and_come_back(house: Any) -> None:
     sent = load(file(house, "ada", ticket).payload)
     held = house.store.open("lab", handle).read("resid_post.3")
     scales = sent["resid_post.3/rows:scales"][:, None]
-    assert held.shape == (len(WORDS), 32)
+    assert held.shape == (4, 32)
     assert (np.abs(sent["resid_post.3/rows:codes"] * scales - held) <= scales * (0.5 + 1e-6)).all()
+
+
+def test_more_rows_of_a_site_than_its_directions_are_refused_before_anybody_looks(house: Any) -> None:
+    """A trusted key has a quarter of a width of 32; another name of the same stream has no more."""
+    for site in ("resid_post.2", "resid_pre.3", "attn_in.3"):
+        handle = captured(house, "ann", site, prompts=WORDS[:9])
+        before = charged(house, "ann")
+        with pytest.raises(errors.PolicyRefusal) as caught:
+            submit(house, "ann", handle)
+        assert (caught.value.code, caught.value.path) == ("rank_exhausted", "resid_pre.3")
+        assert charged(house, "ann") - before == OVERHEAD
 
 
 def test_rows_that_may_not_leave(house: Any) -> None:
@@ -274,7 +285,7 @@ def test_an_agent_waits_for_a_signature(house: Any, probe: str) -> None:
 
 def test_what_checks_count_in_numbers_is_for_reviewers(house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that look like chosen inputs: the author hears the code once, the reviewers how many columns and where."""
-    handle = captured(house, "ada", "resid_post.3", "mlp_out.2")
+    handle = captured(house, "ada", "attn_out.3", "mlp_out.2", prompts=WORDS[:8])
     worker = house.service._models["shut"].worker
 
     def chosen(self: Any, order: Any) -> Any:
@@ -289,7 +300,7 @@ def test_what_checks_count_in_numbers_is_for_reviewers(house: Any, monkeypatch: 
     for who in ("bea", "boss", "dot"):
         seen = show(house, who, ticket)
         assert [r["path"] for r in seen["reasons"] if r["code"] == "one_hot"] == ["parts[0]", "parts[1]"]
-        assert {p["one_hot_columns"] for p in seen["parts"]} == {16}
+        assert {p["one_hot_columns"] for p in seen["parts"]} == {8}
         assert seen["review"]["lineage_left_bits"] > 0
     assert show(house, "ann", ticket)["parts"] == ticket["parts"]
     assert show(house, "ann", ticket)["reasons"] == ticket["reasons"]

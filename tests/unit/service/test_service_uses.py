@@ -131,7 +131,7 @@ def test_a_fit_touches_every_site_of_its_handles() -> None:
 
 def test_the_same_numbers_are_one_direction_whatever_they_are_called(use: Any) -> None:
     [first] = use(*SCORED, v=V).directions
-    assert (first.site, first.rank) == ("resid_post.2", 1)
+    assert (first.site, first.rank) == ("resid_pre.3", 1)
     renamed = (
         ops.Tensor(id="w", name="other"),
         SCORED[1],
@@ -146,13 +146,54 @@ def test_the_same_numbers_are_one_direction_whatever_they_are_called(use: Any) -
 
 
 def test_arrays_of_other_shapes_and_uses_have_other_digests() -> None:
-    assert uses._digest({"": "a"}, {"a": V}) != uses._digest({"": "a"}, {"a": V.reshape(4, 8)})
-    assert uses._digest({"x": "a"}, {"a": V}) != uses._digest({"y": "a"}, {"a": V})
+    assert uses._content({"": "a"}, {"a": V}) != uses._content({"": "a"}, {"a": V.reshape(4, 8)})
+    assert uses._content({"x": "a"}, {"a": V}) != uses._content({"y": "a"}, {"a": V})
 
 
 def test_each_variant_of_a_sweep_exposes_its_own_site(use: Any) -> None:
     found = use(*SCORED, v=V, sweep=(Axis(node="r", field="layer", values=(0, 2)),))
-    assert sorted(d.site for d in found.directions) == ["resid_post.0", "resid_post.2"]
+    assert sorted(d.site for d in found.directions) == ["resid_pre.1", "resid_pre.3"]
+
+
+def squared(*more: Any) -> tuple[Any, ...]:
+    """A product of rows with themselves: directions that the rows determine."""
+    return (SCORED[1], *more, ops.Dot(id="d", a="r", b="r"), SCORED[3])
+
+
+def test_what_rows_determine_is_another_direction_in_every_variant(use: Any) -> None:
+    found = use(*squared(), sweep=(Axis(node="r", field="at", values=("prompt[0]", "prompt[-1]")),))
+    assert len({d.digest for d in found.directions}) == 2
+    assert found.directions == use(
+        *squared(), sweep=(Axis(node="r", field="at", values=("prompt[0]", "prompt[-1]")),)
+    ).directions  # fmt: skip
+
+
+def test_what_rows_determine_is_another_direction_in_every_session(tiny: Any, handles: Handles) -> None:
+    """The same last step after another first step works on other rows."""
+    facts = tiny.facts.model_copy(update={"open_weights": False})
+    back = ops.Stored(id="r", handle="step0.kept", site="resid_post.3")
+
+    def last(by: float) -> list[str]:
+        first = (
+            ops.EditScale(id="e", site="resid_post.1", at="all", by=by),
+            ops.Read(id="r", site="resid_post.3", at="prompt[-1]"),
+            ops.Capture(id="kept", of=("r",)),
+        )
+        second = (back, ops.Dot(id="d", a="r", b="r"), ops.Score(id="s", of="d"))
+        steps = tuple(
+            RunRequest(model="tiny", prompts=("abc",), program=Program(nodes=n)) for n in (first, second)
+        )
+        model: Any = SimpleNamespace(facts=facts, text=tiny.text)
+        prepared = prepare_session(SessionRequest(steps=steps), {}, model, handles, "lab", PRICES)
+        return [d.digest for d in uses.of_session(prepared, facts).directions]
+
+    assert last(2.0) == last(2.0) != last(3.0)
+
+
+def test_zeros_of_a_vector_look_at_nothing(use: Any) -> None:
+    thin, relu = np.where(np.arange(32) < 3, V, 0.0).astype(np.float32), ops.Relu(id="x", of="r")
+    bent = (*SCORED[:2], relu, ops.Dot(id="d", a="x", b="v"), SCORED[3])
+    assert [use(*bent, v=v).directions[0].rank for v in (thin, V)] == [3, 32]
 
 
 def test_rows_that_leave_as_they_are(tiny: Any, handles: Handles) -> None:
@@ -165,4 +206,4 @@ def test_rows_that_leave_as_they_are(tiny: Any, handles: Handles) -> None:
     found = uses.of_run(prepare(request, {}, model, handles, "lab", direct), facts)
     assert found.exported == ((parse("resid_post.2"), True),)
     [direction] = found.directions
-    assert (direction.site, direction.rank) == ("resid_post.2", 4)
+    assert (direction.site, direction.rank) == ("resid_pre.3", 4)
