@@ -214,19 +214,29 @@ def _household(plan: Plan, address: Address, run: Path) -> Household:
     models = tuple(word for name in plan.models for word in ("--model", name))
     data = ("--data", str(plan.folder.root))
     level = ("--log-level", plan.log_level.value)
-    worker, gate, listener = str(run / "worker"), str(run / "gate"), address.socket.fileno()
+    worker, gate = (str(_folder(run / name) / "socket") for name in ("worker", "gate"))
+    listener, mine = address.socket.fileno(), str(os.geteuid())
     save = ("--save-key",) if plan.save_key else ()
-    sockets = ("--worker", worker, "--socket", gate)
+    sockets = ("--worker", worker, "--worker-user", mine, "--socket", gate, "--front-user", mine)
+    of_gate = ("--gate-user", mine)
     rules = _named("--policy", plan.policy) + _named("--anchors", plan.anchors)
     return Household(
         Process(
             "worker",
-            ("worker", *models, "--socket", worker, *data, *plan.sizes.words()),
+            ("worker", *models, "--socket", worker, *of_gate, *data, *plan.sizes.words()),
             output=plan.folder.root / LOG,
         ),
         Process("gate", ("gate", *models, *sockets, "--url", address.url, *data, *level, *save, *rules)),
-        Process("front", ("front", "--gate", gate, "--listen-fd", str(listener), *level), (listener,)),
+        Process(
+            "front", ("front", "--gate", gate, *of_gate, "--listen-fd", str(listener), *level), (listener,)
+        ),
     )
+
+
+def _folder(path: Path) -> Path:
+    """A folder of its own for each socket: who listens in one has no business in the other."""
+    path.mkdir(mode=0o700)
+    return path
 
 
 def _named(option: str, path: Path | None) -> tuple[str, ...]:
