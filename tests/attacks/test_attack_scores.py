@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trocar.attacks.loot import TOLERANCE, Fact, Loot, Piece, Score, floor, score
+from trocar.attacks.unembedding import rank
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -108,3 +109,13 @@ def test_a_loot_better_than_its_bits_is_noticed() -> None:
     assert not good.breaks(1000)
     assert good.breaks(int(1000 * (1 - 2 * TOLERANCE)))
     assert Score(10, 1000, 0, error=1.0, matrix_error=0.1).breaks(1)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-4])
+def test_the_width_is_where_the_numbers_drop(noise: float) -> None:
+    """Not where they are 0 because every row was centred."""
+    rng = np.random.default_rng(2)
+    table = gaussian(30, 12) @ rng.normal(size=(12, 40)) + noise * rng.normal(size=(30, 40))
+    assert rank(table - table.mean(axis=1, keepdims=True)) == 12
+    turned = table.T
+    assert rank(turned - turned.mean(axis=1, keepdims=True)) == 12

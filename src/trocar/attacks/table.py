@@ -39,7 +39,7 @@ ATTACKS: Final = (
     Attack("steer-logprobs", "the unembedding", "basis vectors where it reads", unembedding.steer),
     Attack("basis-injection", "an MLP", "basis vectors where it reads", layer.basis_injection),
     Attack("passive-regression", "a value projection", "least squares on text", layer.passive_regression),
-    Attack("activation-target", "a value projection", "a probe from one site to another", targets.probe, offline=True),
+    Attack("activation-target", "a value projection", "a probe from one site to another", targets.probe),
     Attack("gradient-read", "rows of the unembedding", "Milli et al. 2019", unsaid.gradient_read, offline=True),
     Attack("boolean-oracle", "the embedding", "bisection by truth values", embedding.boolean_oracle),
     Attack("k-average", "the embedding", "means with a known design", embedding.k_average),

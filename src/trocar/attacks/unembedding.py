@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from trocar.attacks.extract import Ask, harvest
 from trocar.attacks.loot import F64, Fact, Loot, Piece
@@ -34,9 +33,7 @@ def hidden_dimension(raid: Raid) -> Loot:
     side = math.isqrt(raid.purse.numbers(n_rows * n_columns))
     n_rows, n_columns = min(n_rows, side), min(n_columns, side)
     whole = _centred_rows(_ordinary(raid, n_rows, raid.tokens(n_columns)))
-    if min(whole.shape) < 2:
-        return Loot(facts=(Fact("d_model", float(len(whole))),))
-    return Loot(facts=(Fact("d_model", float(_gap(np.linalg.svd(whole, compute_uv=False)))),))
+    return Loot(facts=(Fact("d_model", float(rank(whole))),))
 
 
 def _centred_rows(table: F64) -> F64:
@@ -46,8 +43,11 @@ def _centred_rows(table: F64) -> F64:
     return centred
 
 
-def _gap(sizes: npt.NDArray[Any]) -> int:
-    """How many singular values stand before the largest step down."""
+def rank(centred: F64) -> int:
+    """How many singular values stand before the largest step down; of fewer than three rows, how many rows."""
+    if min(centred.shape) < 3:
+        return len(centred)
+    sizes = np.linalg.svd(centred, compute_uv=False)[: centred.shape[1] - 1]  # the last is 0 by the centring
     steps = np.log(np.maximum(sizes[:-1], 1e-12)) - np.log(np.maximum(sizes[1:], 1e-12))
     return int(np.argmax(steps)) + 1
 
