@@ -21,7 +21,7 @@ from trocar.gate.policy import Policy, Tier
 REAL = {
     "embedding-read": (1e-6, 1.0),
     "hidden-dimension": (0.0, 0.0),
-    "subspace": (0.05, 0.0),
+    "subspace": (1e-5, 0.0),
     "steer-logprobs": (1e-5, 1.0),
     "basis-injection": (1e-3, 1.0),
     "passive-regression": (1e-4, 1.0),
@@ -84,6 +84,7 @@ def test_an_attack_is_stopped(rows: dict[str, Row], attack: Attack) -> None:
     assert on.refusals
     assert set(on.refusals) <= set(CODES)
     assert on.recovered <= on.matrix_weights / 10
+    assert on.error <= 1.0  # an attack that guesses worse than nothing would prove nothing
 
 
 @pytest.mark.parametrize("attack", [a for a in ATTACKS if not a.offline], ids=lambda a: a.name)

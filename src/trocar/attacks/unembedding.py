@@ -55,19 +55,24 @@ def rank(centred: F64) -> int:
 def subspace(raid: Raid) -> Loot:
     """The span of the matrix's columns, which leaves an unknown d by d map of them open.
 
-    With a small budget, fewer rows of fewer tokens: half as many rows as tokens leave something to find out.
+    Of twice as many tokens as the model is wide: in fewer, a span says little, and as many as the width are spanned by
+    anything. With a small budget, fewer rows of fewer tokens, again half as many rows as tokens.
     """
     n_rows = raid.model.d_model + SPARE_ROWS
-    tokens = raid.tokens(raid.effort.tokens)
+    tokens = raid.tokens(max(raid.effort.tokens, 2 * raid.model.d_model))
     most = raid.purse.numbers(n_rows * len(tokens))
     if n_rows * len(tokens) > most:
         tokens = tokens[: max(1, min(len(tokens), 2 * math.isqrt(most // 2)))]
         n_rows = max(1, min(n_rows, most // len(tokens)))
     whole = _centred_rows(_ordinary(raid, n_rows, tokens))
-    rank = min(len(whole), raid.model.d_model, len(tokens))
-    span = np.linalg.svd(whole, full_matrices=False)[2][:rank] if rank else np.zeros((0, len(tokens)))
-    known = np.ones((len(tokens), rank), dtype=np.bool_)
-    return Loot((Piece("unembed", np.asarray(tokens, dtype=np.int64), span.T, known, "rotation"),))
+    n_dims = min(len(whole), raid.model.d_model, len(tokens))
+    span = np.linalg.svd(whole, full_matrices=False)[2][:n_dims] if n_dims else np.zeros((0, len(tokens)))
+    alike = np.full(
+        (min(n_dims, 1), len(tokens)), len(tokens) ** -0.5
+    )  # the softmax adds any number to all tokens
+    basis_TR = np.concatenate([alike, span]).T
+    known = np.ones(basis_TR.shape, dtype=np.bool_)
+    return Loot((Piece("unembed", np.asarray(tokens, dtype=np.int64), basis_TR, known, "rotation"),))
 
 
 def _ordinary(raid: Raid, n_rows: int, tokens: Sequence[int]) -> F64:
