@@ -63,6 +63,7 @@ def worker(
         )
         listener = listen(socket, 8)
         stack.callback(listener.close)
+        print("worker: ready", file=sys.stderr, flush=True)
         say_ready(ready_fd, READY if alone else ALONE)
         try:
             bench.serve(listener)
