@@ -7,7 +7,7 @@ at a ledger must not add to it, least of all to one that is damaged.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from trocar.gate.accounts import Account
     from trocar.gate.chain import Head
+    from trocar.gate.database import Database
 
 
 @contextmanager
@@ -33,15 +34,23 @@ def reading(folder: Folder) -> Iterator[Connection]:
         NotFound: `no_ledger`.
         ServerFault: `ledger_unavailable`.
     """
+    with _opened(folder) as database, database.read() as connection:
+        yield connection
+
+
+@contextmanager
+def _writing(folder: Folder) -> Iterator[Connection]:
+    with _opened(folder) as database, database.write() as connection:
+        yield connection
+
+
+@contextmanager
+def _opened(folder: Folder) -> Iterator[Database]:
     from trocar.gate.database import Database
 
     folder.require_ledger()
-    database = Database(folder.ledger_url)
-    try:
-        with database.read() as connection:
-            yield connection
-    finally:
-        database.close()
+    with closing(Database(folder.ledger_url)) as database:
+        yield database
 
 
 def problems(connection: Connection, anchor: Head | None = None) -> list[str]:
@@ -138,19 +147,6 @@ def thaw(lineage: LineageArgument, data: DataOption = None) -> None:
     with _writing(Folder.at(data)) as connection:
         accounts.thaw(connection, lineage, key_id="", now_ms=chain.now_ms())
     print(f"{lineage} goes on")
-
-
-@contextmanager
-def _writing(folder: Folder) -> Iterator[Connection]:
-    from trocar.gate.database import Database
-
-    folder.require_ledger()
-    database = Database(folder.ledger_url)
-    try:
-        with database.write() as connection:
-            yield connection
-    finally:
-        database.close()
 
 
 def anchor_of(text: str) -> Head | None:
