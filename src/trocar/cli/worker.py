@@ -60,6 +60,7 @@ def worker(
             step_tokens=step_tokens,
             kv_bytes=kv_bytes,
             tenant_bytes=tenant_bytes,
+            give_up=cell.end,
         )
         listener = listen(socket, 8)
         stack.callback(listener.close)
