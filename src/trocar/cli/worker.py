@@ -63,6 +63,7 @@ def worker(
             step_tokens=step_tokens,
             kv_bytes=kv_bytes,
             tenant_bytes=tenant_bytes,
+            give_up=cell.end,
         )
         listener = listen(socket, 8, gate_uid)
         stack.callback(listener.close)

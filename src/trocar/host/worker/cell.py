@@ -12,7 +12,7 @@ import os
 import resource
 import sys
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 _NEW_USER: Final = 0x10000000
 _NEW_NET: Final = 0x40000000
@@ -20,6 +20,7 @@ _SET_DUMPABLE: Final = 4
 _SET_NO_NEW_PRIVS: Final = 38
 _ME: Final = Path("/proc/self")
 _MOST_LOG_BYTES: Final = 16 << 20
+_UNFIT: Final = 70
 
 
 def close_network() -> bool:
@@ -61,3 +62,8 @@ def speak_into(log: Path) -> None:
     for stream in (1, 2):
         os.dup2(opened, stream)
     os.close(opened)
+
+
+def end() -> NoReturn:
+    """Ends this process as a kill would: what it ran is lost, and whoever looks after it starts another."""
+    os._exit(_UNFIT)
