@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import cli_server
 import httpx
+import pytest
 from cli_server import Serving
 
 from trocar.models import cache
@@ -28,6 +30,26 @@ NETWORK = subprocess.run(
     [sys.executable, "-c", _ASK], capture_output=True, text=True, check=True
 ).stdout.strip()
 """What a worker on this machine can promise."""
+
+
+def tree() -> Any:
+    """The conftest of the whole tree: every folder's own is called the same."""
+    spec = importlib.util.spec_from_file_location("tests_conftest", Path(__file__).parents[1] / "conftest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def tiny_cache(root: Path) -> Iterator[Path]:
+    """A cache that holds one tiny model, while it is the cache of whatever is started."""
+    parts = tree()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TROCAR_CACHE", str(root))
+        yield make_model(root, parts.random_llama(), parts.byte_tokenizer())
 
 
 def make_model(root: Path, model: Any, tokenizer: Any) -> Path:
@@ -117,7 +139,7 @@ class Started:
         found = {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
-                parent = int(stat.read_text().rpartition(")")[2].split()[1])
+                parent = int(stat.read_bytes().rpartition(b")")[2].split()[1])
                 words = (stat.parent / "cmdline").read_bytes().decode().split("\0")
             except OSError:
                 continue

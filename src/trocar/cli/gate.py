@@ -4,6 +4,7 @@ starts it.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from contextlib import ExitStack
@@ -22,6 +23,11 @@ from trocar.cli.users import FrontUser, WorkerUser, uid_of
 
 LOAD_S: Final = 600.0
 DRAIN_S: Final = 1.0
+APART: Final = "isolation: host. The worker is a process of another user ({uid}; this is {mine})."
+TOGETHER: Final = (
+    "isolation: host. The worker is a process of this user ({uid}), so it could open the ledger if it were taken over: "
+    "docs/isolation.md says how to run it as another."
+)
 
 
 def gate(
@@ -82,9 +88,17 @@ def gate(
         threading.Thread(target=desk.serve, name="trocar-accept", daemon=True).start()
         signal.signal(signal.SIGHUP, lambda *_: reread(lambda: opened.change_policy(rules.read())))
         say_ready(ready_fd)
+        if ready_fd < 0:
+            print(f"{_said(worker)}\ngate ready {socket}", flush=True)
         stop.wait()
         service.halt()  # what waits for a result hears of it while the front still can tell
         threading.Event().wait(DRAIN_S)
+
+
+def _said(worker: Path) -> str:
+    """Whose process the worker is; its socket belongs to whoever made it."""
+    uid, mine = worker.stat().st_uid, os.geteuid()
+    return (TOGETHER if uid == mine else APART).format(uid=uid, mine=mine)
 
 
 def _require_apart(worker: Path, socket: Path) -> None:

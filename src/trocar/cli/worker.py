@@ -72,9 +72,11 @@ def worker(
             kv_bytes=kv_bytes,
             tenant_bytes=tenant_bytes,
             alone=alone,
+            give_up=cell.end,
         )
         listener = listen(socket, 8, gate_uid)
         stack.callback(listener.close)
+        print("worker: ready", file=sys.stderr, flush=True)
         say_ready(ready_fd, READY if alone else ALONE)
         try:
             bench.serve(listener)

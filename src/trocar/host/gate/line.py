@@ -253,7 +253,7 @@ class Line:
             code, path = orders.unpack_fault(frame.body, entry.errand.nodes)
         with self._changed:
             del self._open[frame.head.number]
-        if entry.errand.request is not None:
+        if entry.errand.request is not None and frame.head.status is Status.done:
             self._suspects.survived(entry.errand.request)
         if entry.given_up:
             return

@@ -14,7 +14,7 @@ import resource
 import socket
 import sys
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 _NEW_USER: Final = 0x10000000
 _NEW_NET: Final = 0x40000000
@@ -23,6 +23,7 @@ _SET_NO_NEW_PRIVS: Final = 38
 _TABLES: Final = ("tcp", "tcp6", "udp", "udp6", "raw", "raw6", "packet")
 _ME: Final = Path("/proc/self")
 _MOST_LOG_BYTES: Final = 16 << 20
+_UNFIT: Final = 70
 
 
 def close_network(*, knows_others: bool = False) -> bool:
@@ -93,3 +94,8 @@ def speak_into(log: Path) -> None:
     for stream in (1, 2):
         os.dup2(opened, stream)
     os.close(opened)
+
+
+def end() -> NoReturn:
+    """Ends this process as a kill would: what it ran is lost, and whoever looks after it starts another."""
+    os._exit(_UNFIT)
