@@ -166,12 +166,15 @@ def by_hand(home: Path, sockets: Path, model: Path, worker: Sequence[str]) -> It
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
     data, said = home / "data", home / "said"
+    w, g = (str(sockets / name / "s") for name in ("w", "g"))
+    for path in (w, g):
+        Path(path).parent.mkdir(mode=0o700)
     trocar = (sys.executable, "-m", "trocar.cli.app")
     named = ("--model", str(model), "--data", str(data))
     commands = [
-        (*worker, *named, "--socket", str(sockets / "w"), "--threads", "1"),
-        (*trocar, "gate", *named, "--worker", str(sockets / "w"), "--socket", str(sockets / "g")),
-        (*trocar, "front", "--gate", str(sockets / "g"), "--port", str(port)),
+        (*worker, *named, "--socket", w, "--threads", "1"),
+        (*trocar, "gate", *named, "--worker", w, "--socket", g),
+        (*trocar, "front", "--gate", g, "--port", str(port)),
     ]
     with said.open("wb") as sink:
         processes = [
@@ -179,7 +182,7 @@ def by_hand(home: Path, sockets: Path, model: Path, worker: Sequence[str]) -> It
             for c in commands
         ]  # fmt: skip
     try:
-        until(lambda: (sockets / "g").exists() or any(p.poll() is not None for p in processes), COME_UP_S)
+        until(lambda: Path(g).exists() or any(p.poll() is not None for p in processes), COME_UP_S)
         assert [p.poll() for p in processes] == [None] * 3, said.read_text()
         [word] = [w for w in said.read_text().split() if w.startswith("TROCAR_API_KEY=")]
         door = Door(f"http://127.0.0.1:{port}", word.partition("=")[2])
