@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import cli_server
 import httpx
 import pytest
 from evil_worker import HOWS, SECRET
-from host_room import COME_UP_S, Door, Started, by_hand, code, make_model, serving, until
+from host_room import COME_UP_S, Door, Started, by_hand, code, serving, tiny_cache, until
 from leaky_worker import SECRET as LEAK
 
 from trocar.engine.hf.engine import HFEngine
@@ -56,24 +55,10 @@ LONG = body(
 QUICK = body(LP)
 
 
-def _tree() -> Any:
-    """The conftest of the whole tree: every folder's own is called the same."""
-    spec = importlib.util.spec_from_file_location("tests_conftest", Path(__file__).parents[1] / "conftest.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    tree = _tree()
-    root = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TROCAR_CACHE", str(root))
-        yield make_model(root, tree.random_llama(), tree.byte_tokenizer())
+    with tiny_cache(tmp_path_factory.mktemp("cache")) as home:
+        yield home
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from typing import Final
 from trocar import errors
 from trocar.cli.address import Address
 from trocar.cli.child import ALONE
-from trocar.cli.folder import LEDGER_URL
+from trocar.cli.inherited import environment
 from trocar.cli.plan import Plan
 from trocar.cli.worker import LOG
 
@@ -35,8 +35,6 @@ LOOK_S: Final = 0.1
 TRIES: Final = 3
 MOST_PAUSE_S: Final = 30.0
 STOP_S: Final = {"front": 6.0, "gate": 5.0, "worker": 5.0}
-_SECRETS: Final = ("TROCAR_API_KEY", LEDGER_URL)
-"""Settings that a process without the books has no business with."""
 
 
 @dataclass(eq=False, slots=True)
@@ -65,12 +63,11 @@ class Process:
         self.forget()
         self.ready, inherited = os.pipe()
         command = [sys.executable, "-m", "trocar.cli.app", *self.words, "--ready-fd", str(inherited)]
-        kept = {k: v for k, v in os.environ.items() if self.name == "gate" or k not in _SECRETS}
         with ExitStack() as stack:
             stack.callback(os.close, inherited)
             output = None if self.output is None else stack.enter_context(_appending(self.output))
             self.child = subprocess.Popen(  # noqa: S603 - our own interpreter and our own module
-                command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=kept,
+                command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment(self.name, os.environ),
                 pass_fds=(inherited, *self.fds), start_new_session=True,
             )  # fmt: skip
         self.came_up = False
@@ -214,19 +211,29 @@ def _household(plan: Plan, address: Address, run: Path) -> Household:
     models = tuple(word for name in plan.models for word in ("--model", name))
     data = ("--data", str(plan.folder.root))
     level = ("--log-level", plan.log_level.value)
-    worker, gate, listener = str(run / "worker"), str(run / "gate"), address.socket.fileno()
+    worker, gate = (str(_folder(run / name) / "socket") for name in ("worker", "gate"))
+    listener, mine = address.socket.fileno(), str(os.geteuid())
     save = ("--save-key",) if plan.save_key else ()
-    sockets = ("--worker", worker, "--socket", gate)
+    sockets = ("--worker", worker, "--worker-user", mine, "--socket", gate, "--front-user", mine)
+    of_gate = ("--gate-user", mine)
     rules = _named("--policy", plan.policy) + _named("--anchors", plan.anchors)
     return Household(
         Process(
             "worker",
-            ("worker", *models, "--socket", worker, *data, *plan.sizes.words()),
+            ("worker", *models, "--socket", worker, *of_gate, *data, *plan.sizes.words()),
             output=plan.folder.root / LOG,
         ),
         Process("gate", ("gate", *models, *sockets, "--url", address.url, *data, *level, *save, *rules)),
-        Process("front", ("front", "--gate", gate, "--listen-fd", str(listener), *level), (listener,)),
+        Process(
+            "front", ("front", "--gate", gate, *of_gate, "--listen-fd", str(listener), *level), (listener,)
+        ),
     )
+
+
+def _folder(path: Path) -> Path:
+    """A folder of its own for each socket: who listens in one has no business in the other."""
+    path.mkdir(mode=0o700)
+    return path
 
 
 def _named(option: str, path: Path | None) -> tuple[str, ...]:

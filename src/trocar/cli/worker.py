@@ -16,6 +16,7 @@ import typer
 
 from trocar.cli.child import ALONE, READY, ReadyOption, say_ready, watch_parent
 from trocar.cli.folder import DataOption, Folder
+from trocar.cli.users import GateUser, uid_of
 
 LOG: Final = "worker.log"
 SocketOption = Annotated[Path, typer.Option("--socket", help="Path of the unix socket to listen on.")]
@@ -24,6 +25,7 @@ SocketOption = Annotated[Path, typer.Option("--socket", help="Path of the unix s
 def worker(
     model: Annotated[list[str], typer.Option(metavar="NAME", help="Model to run; repeat it for several.")],
     socket: SocketOption,
+    gate_user: GateUser = None,
     data: DataOption = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Torch threads.")] = None,
     step_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens in one forward pass.")] = None,
@@ -38,6 +40,7 @@ def worker(
     """Run models for a gate, without a network; part of `trocar serve --isolation host`."""
     from trocar.host.worker import cell
 
+    gate_uid = uid_of(gate_user, "--gate-user")
     folder = Folder.at(data)
     folder.make()
     alone = cell.close_network()  # before any thread
@@ -60,8 +63,9 @@ def worker(
             step_tokens=step_tokens,
             kv_bytes=kv_bytes,
             tenant_bytes=tenant_bytes,
+            give_up=cell.end,
         )
-        listener = listen(socket, 8)
+        listener = listen(socket, 8, gate_uid)
         stack.callback(listener.close)
         print("worker: ready", file=sys.stderr, flush=True)
         say_ready(ready_fd, READY if alone else ALONE)

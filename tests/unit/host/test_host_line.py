@@ -307,6 +307,21 @@ def test_a_request_that_comes_through_is_no_suspect(host: Three, peer: Peer) -> 
             host.line.wait(WAIT_S)
 
 
+def test_a_request_that_fails_between_two_deaths_stays_a_suspect(host: Three, peer: Peer) -> None:
+    for how in ("cut", "fail", "cut"):
+        job = start(host, prompt="poison")
+        number = peer.next(Kind.run).head.number
+        if how == "fail":
+            peer.answer(number, orders.pack_fault("internal", None), Status.fault)
+            assert ending(host, job).code == "internal"
+        else:
+            peer.cut()
+            assert ending(host, job).code == "worker_lost"
+            peer.accept()
+            host.line.wait(WAIT_S)
+    assert ending(host, start(host, prompt="poison")).code == "quarantined"
+
+
 def test_suspects_are_forgotten_after_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [1000.0]
     monkeypatch.setattr(suspects.time, "monotonic", lambda: now_s[0])

@@ -51,7 +51,15 @@ class Alarm:
                 log.exception("ALERT: the lineage %s could not be frozen; stop the server", lineage)
 
 
-def assemble(refs: Sequence[str], data: Path, worker: Path, gate: Gate, *, within_s: float) -> Service:
+def assemble(
+    refs: Sequence[str],
+    data: Path,
+    worker: Path,
+    gate: Gate,
+    *,
+    within_s: float,
+    worker_uid: int | None = None,
+) -> Service:
     """A service whose models run in the process that listens at `worker`.
 
     Args:
@@ -59,6 +67,7 @@ def assemble(refs: Sequence[str], data: Path, worker: Path, gate: Gate, *, withi
         data: folder of the ledger, where facts are pinned.
         gate: open; closed by `Service.close` from then on, by the caller when this raises.
         within_s: how long the worker may take to load.
+        worker_uid: the user that runs the worker; the own one when None.
 
     Raises:
         Overloaded: `worker_lost` when no worker is there in time.
@@ -69,13 +78,13 @@ def assemble(refs: Sequence[str], data: Path, worker: Path, gate: Gate, *, withi
     deadline_s = time.monotonic() + within_s
     homes = [locate(ref) for ref in refs]
     found = [
-        pinned(data, gate.ledger, manifest, lambda name: _ask(worker, name, deadline_s))
+        pinned(data, gate.ledger, manifest, lambda name: _ask(worker, worker_uid, name, deadline_s))
         for _, manifest in homes
     ]
     texts = [codec_at(home) for home, _ in homes]
     with ExitStack() as undo:
         alarm = Alarm(gate, tuple(each.facts.lineage for each in found))
-        line = Line(worker, Hello(models=tuple(found)), alarm)
+        line = Line(worker, Hello(models=tuple(found)), alarm, worker_uid)
         undo.callback(line.close)
         line.wait(deadline_s - time.monotonic())
         models = [
@@ -87,12 +96,12 @@ def assemble(refs: Sequence[str], data: Path, worker: Path, gate: Gate, *, withi
     return service
 
 
-def _ask(worker: Path, name: str, deadline_s: float) -> bytes:
+def _ask(worker: Path, uid: int | None, name: str, deadline_s: float) -> bytes:
     """What a worker says of one of its models."""
     body = orders.Ask(model=name).model_dump_json().encode()
     while time.monotonic() < deadline_s:
         try:
-            stream = Stream(connect(worker), frames.at_most(result=orders.MOST_FACTS_BYTES))
+            stream = Stream(connect(worker, uid), frames.at_most(result=orders.MOST_FACTS_BYTES))
         except OSError:
             time.sleep(RETRY_S)
             continue

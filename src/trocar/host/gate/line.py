@@ -75,10 +75,13 @@ class Line:
     Args:
         hello: the facts by which the gate checks; a worker that has others is refused.
         alarm: told why a worker is not to be trusted, before anybody else learns of it.
+        worker_uid: the user that runs the worker; the own one when None.
     """
 
-    def __init__(self, path: Path, hello: Hello, alarm: Callable[[str], None]) -> None:
-        self._path, self._hello, self._alarm = path, hello, alarm
+    def __init__(
+        self, path: Path, hello: Hello, alarm: Callable[[str], None], worker_uid: int | None = None
+    ) -> None:
+        self._path, self._hello, self._alarm, self._worker_uid = path, hello, alarm, worker_uid
         self._changed = threading.Condition()
         self._stream: Stream | None = None
         self._open: dict[int, Open] = {}
@@ -196,7 +199,7 @@ class Line:
     def _keep(self) -> None:
         while not (self._closed or self._over):
             try:
-                stream = Stream(connect(self._path), self._allow)
+                stream = Stream(connect(self._path, self._worker_uid), self._allow)
             except OSError:
                 time.sleep(RETRY_S)
                 continue
@@ -246,7 +249,7 @@ class Line:
             code, path = orders.unpack_fault(frame.body, entry.errand.nodes)
         with self._changed:
             del self._open[frame.head.number]
-        if entry.errand.request is not None:
+        if entry.errand.request is not None and frame.head.status is Status.done:
             self._suspects.survived(entry.errand.request)
         if entry.given_up:
             return

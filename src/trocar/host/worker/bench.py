@@ -133,20 +133,27 @@ class Visit:
         pool.submit(self._do, work, frame, wanted)
 
     def _do(self, work: Work, frame: Frame, wanted: Wanted) -> None:
-        status, body = Status.done, b""
         try:
-            body = work(self, frame.body, wanted)
+            status, body = self._done(work, frame, wanted)
+            with suppress(Lost):
+                self.stream.put(Head(Kind.result, frame.head.number, len(body), status), body)
+        except BaseException:  # no memory even for the answer: a gate must not wait for it for ever
+            self.stream.close()
+            log.critical("order %d could not be answered", frame.head.number, exc_info=True)
+        finally:
+            del self.running[frame.head.number]
+
+    def _done(self, work: Work, frame: Frame, wanted: Wanted) -> tuple[Status, bytes]:
+        try:
+            return Status.done, work(self, frame.body, wanted)
         except errors.TrocarError as e:
             log.warning("order %d: %s", frame.head.number, e.code)
-            status, body = Status.fault, orders.pack_fault(e.code, None)
+            return Status.fault, orders.pack_fault(e.code, None)
         except _AtNode as e:
-            status, body = Status.fault, orders.pack_fault(e.code, e.node)
+            return Status.fault, orders.pack_fault(e.code, e.node)
         except Exception:
             log.exception("order %d failed", frame.head.number)
-            status, body = Status.fault, orders.pack_fault("internal", None)
-        with suppress(Lost):
-            self.stream.put(Head(Kind.result, frame.head.number, len(body), status), body)
-        del self.running[frame.head.number]
+            return Status.fault, orders.pack_fault("internal", None)
 
     # ---- one method per kind of order ----
 

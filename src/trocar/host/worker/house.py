@@ -23,18 +23,22 @@ def open_bench(
     step_tokens: int | None = None,
     kv_bytes: int | None = None,
     tenant_bytes: int | None = None,
+    give_up: Callable[[], None] | None = None,
 ) -> Bench:
     """Loads the models and opens the store.
 
     Args:
         undo: closes both.
+        give_up: ends the process when an engine takes no steps any more.
 
     Raises:
         NotFound, RunFailed: as `models.load`.
     """
     opened = Store(store, quota_bytes=tenant_bytes)
     undo.callback(opened.close)
-    engines = open_engines(refs, undo, threads=threads, step_tokens=step_tokens, kv_bytes=kv_bytes)
+    engines = open_engines(
+        refs, undo, threads=threads, step_tokens=step_tokens, kv_bytes=kv_bytes, give_up=give_up
+    )
     return bench_of(engines, opened)
 
 
