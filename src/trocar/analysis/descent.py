@@ -1,4 +1,4 @@
-"""One minimisation by preconditioned L-BFGS, told from outside: it says where it wants to look, and is told what is there.
+"""One minimisation by preconditioned L-BFGS, told from outside: it says where to look, and is told what is there.
 
 So any number of them share one scan of the rows. The objective is smooth and convex; the preconditioner is
 whatever approximates the inverse of its Hessian (Nocedal and Wright 2006, chapters 3, 7.2).
@@ -17,6 +17,7 @@ from trocar.analysis.labels import Floats
 HISTORY: Final = 10
 _SUFFICIENT: Final = 1e-4
 _SMALLEST_STEP: Final = 1e-12
+_FLAT_STEPS: Final = 3
 
 
 class Descent:
@@ -24,7 +25,8 @@ class Descent:
 
     Attributes:
         point: where f and its gradient are wanted next; the minimum that was found once `done`.
-        done: `point` is within `tolerance`, relative to f, of the minimum, as far as the curvature seen so far tells.
+        done: `point` is within `tolerance`, relative to f, of the minimum, as far as the curvature seen so far tells;
+            or f, which is rounded, has not fallen for three steps.
         stuck: no step went down although the curvature promises that one should.
     """
 
@@ -47,7 +49,7 @@ class Descent:
             precondition, tolerance, noise, first_step,
         )  # fmt: skip
         self._pairs: deque[tuple[Floats, Floats, float]] = deque(maxlen=HISTORY)
-        self._scale = 1.0
+        self._scale, self._flat = 1.0, 0
         self._x: Floats | None = None
         self._f, self._slope, self._step = np.inf, 0.0, 1.0
         self._g = self._direction = np.zeros_like(start)
@@ -65,10 +67,11 @@ class Descent:
 
     def _accept(self, f: float, g: Floats) -> None:
         first = self._x is None
+        self._flat = self._flat + 1 if f >= self._f - self._noise * abs(f) else 0
         self._x, self._f, self._g = self.point, f, g
         self._direction = -self._inverse_hessian(g)
         self._slope = float(g @ self._direction)
-        if -self._slope / 2 <= self._tolerance * abs(f):
+        if -self._slope / 2 <= self._tolerance * abs(f) or self._flat == _FLAT_STEPS:
             self.done = True
             return
         self._step = self._first_step(-self._slope) if first else 1.0

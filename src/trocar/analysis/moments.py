@@ -101,6 +101,10 @@ class Moments:
             cross=self.cross + np.outer(step, self.target_total),
         )
 
+    def plain(self) -> Moments:
+        """The same moments without a Gram matrix."""
+        return replace(self, gram=None)
+
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of rows together.
 
@@ -141,7 +145,7 @@ def moments(
     targets: npt.NDArray[Any] | None = None,
     part: Ints | None = None,
     parts: int = 1,
-    gram: bool = True,
+    gram: bool | Sequence[bool] = True,
     pilot: Floats | None = None,
     precision: Precision | None = None,
 ) -> tuple[Moments, ...]:
@@ -153,7 +157,7 @@ def moments(
         targets: numbers [n] or [n, k].
         part: the part of each row, [n], from 0 to `parts` - 1; a row of another number is left out. Without it, all
             rows are of part 0.
-        gram: False leaves the Gram matrix out, and with it nearly all of the work.
+        gram: False leaves the Gram matrix out, and with it nearly all of the work; one for each part, or one for all.
         pilot: where to centre the rows; a median of the first ones when it is None. Shards that share a pilot round
             alike.
         precision: of the products; by default float64 for small data (`precision_of`).
@@ -165,12 +169,13 @@ def moments(
     t = _targets(targets, n)
     if part is not None and len(part) != n:
         raise errors.refuse("bad_labels", "part", f"{len(part)} parts for {n} rows")
+    grams = [gram] * parts if isinstance(gram, bool) else gram
     sums: list[_Sums] = []
     row = 0
     for block in source.blocks(CHUNK_ROWS):
         if not sums:
             centre = _pilot(block) if pilot is None else pilot
-            sums = [_Sums(source.width, t.shape[1], centre, gram, exact) for _ in range(parts)]
+            sums = [_Sums(source.width, t.shape[1], centre, wanted, exact) for wanted in grams]
         here = slice(row, row + len(block))
         row += len(block)
         for number, one in enumerate(sums):
@@ -227,7 +232,8 @@ def _squares(x: Block | Floats) -> Floats:
     even = len(x) - len(x) % 32
     runs = x[:even].reshape(-1, 32, x.shape[1])
     total: Floats = np.einsum("bnd,bnd->bd", runs, runs).sum(axis=0, dtype=np.float64)
-    return total + np.einsum("nd,nd->d", x[even:], x[even:])
+    rest: Floats = np.einsum("nd,nd->d", x[even:], x[even:])
+    return total + rest
 
 
 def _pilot(block: Block) -> Floats:

@@ -54,7 +54,10 @@ class Proximal:
     def tell(self, f: float, g: Floats) -> None:
         """Takes the smooth part and its gradient at `point`, and moves `point` to where they are wanted next."""
         total = f + self._l1 * float(np.abs(self.point[:-1]).sum())
-        if self._x is None or total <= self._f + _SUFFICIENT * self._step * self._slope + self._noise * self._f:
+        if (
+            self._x is None
+            or total <= self._f + _SUFFICIENT * self._step * self._slope + self._noise * self._f
+        ):
             if self._x is not None:
                 self._rescale(self.point - self._x, g - self._g)
             self._x, self._f, self._g, self._step = self.point, total, g, 1.0
@@ -93,6 +96,8 @@ class Proximal:
         model.coef_ = w.copy()
         model.warm_start = True
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # a step that is not quite the best is still a step
+            warnings.simplefilter(
+                "ignore", ConvergenceWarning
+            )  # a step that is not quite the best is still a step
             found: Floats = model.fit(r, y).coef_
         return found

@@ -88,9 +88,8 @@ class Scores:
 
 def gradient(residual: Array, x: Array) -> Array:
     """`residual @ x` for residuals [k, b] and rows [b, d]."""
-    if len(residual) <= _FEW:
-        return np.stack([line @ x for line in residual])
-    out: Array = residual @ x
+    few = len(residual) <= _FEW
+    out: Array = np.stack([line @ x for line in residual]) if few else residual @ x
     return out
 
 
@@ -149,10 +148,11 @@ class Binary:
         small += 1
         wrong /= small
         wrong *= sign
-        np.negative(wrong, out=wrong)
         if uneven is not None:
             wrong *= np.where(sign > 0, uneven[:, 1:], uneven[:, :1]).astype(self._dtype)
-        return wrong
+        np.negative(wrong, out=wrong)
+        residual: Array = wrong
+        return residual
 
 
 class Softmax:
