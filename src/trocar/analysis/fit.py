@@ -2,6 +2,20 @@
 
 It refuses what cannot be fitted and tested honestly, in terms of labels and rows. It reads one site at a time, in
 blocks, so memory holds scores and sums, and never the rows.
+
+- `mean_diff`: direction = mean of the upper class minus mean of the lower class; the probe's weights are
+  the direction, its bias lies at the midpoint (Marks and Tegmark 2023, section 5).
+- `logistic`: regularised logistic regression on standardised features, folded back to raw space.
+  direction = the unit weight vector times the distance between the class means along it.
+- `lda`: linear discriminant analysis, regularised; direction as for `logistic`.
+- `multinomial`: logistic regression with up to 256 classes; for each class a weight vector, and a direction =
+  the unit weight vector times the distance of the class's mean from that of all others along it.
+- `ridge`: L2-regularised least squares on standardised features. direction = the unit weight vector times
+  one standard deviation of the rows along it, so that adding it moves the prediction by one standard
+  deviation of the predictions.
+
+So in each case adding 1.0 * direction is one natural step of that site, and coefficients mean the same at
+every site and for every kind.
 """
 
 from __future__ import annotations
@@ -46,21 +60,7 @@ def fit(
     class_weight: ClassWeight | None = None,
     folds: int = 0,
 ) -> FitResult:
-    """Fits one direction per site and tests it on held-out rows.
-
-    - `mean_diff`: direction = mean of the upper class minus mean of the lower class; the probe's weights are
-      the direction, its bias lies at the midpoint (Marks and Tegmark 2023, section 5).
-    - `logistic`: regularised logistic regression on standardised features, folded back to raw space.
-      direction = the unit weight vector times the distance between the class means along it.
-    - `lda`: linear discriminant analysis, regularised; direction as for `logistic`.
-    - `multinomial`: logistic regression with up to 256 classes; for each class a weight vector, and a direction =
-      the unit weight vector times the distance of the class's mean from that of all others along it.
-    - `ridge`: L2-regularised least squares on standardised features. direction = the unit weight vector times
-      one standard deviation of the rows along it, so that adding it moves the prediction by one standard
-      deviation of the predictions.
-
-    So in each case adding 1.0 * direction is one natural step of that site, and coefficients mean the same at
-    every site and for every kind.
+    """Fits one direction per site and tests it on held-out rows; the module says what each kind is.
 
     Args:
         rows_by_site: by site, a source or float [n, width], or a function that gives either. Rows are read as float32.
@@ -79,14 +79,14 @@ def fit(
     """
     if not rows_by_site:
         raise errors.refuse("bad_value", "sites", "there is no site to fit")
-    _check_options(kind, test_fraction, seed)
+    check_split(test_fraction, seed)
     _check_penalties(kind, l2, l1, class_weight, folds)
     trial = plan(kind, labels, groups, test_fraction, seed, folds)
     found: dict[str, SiteFit] = {}
     penalties: dict[str, float] = {}
     for site, given in rows_by_site.items():
-        with _at(site):
-            source = _source(given, len(trial.y))
+        with at(site):
+            source = read(given, len(trial.y))
             default = 0.0 if l1 is not None else DEFAULT_L2_PER_WIDTH * source.width
             penalty = Penalty(default if l2 is None else l2, l1 or 0.0, class_weight)
             found[site] = _fit_site(source, trial, penalty)
@@ -113,7 +113,7 @@ def check(
     Raises:
         ProgramError: `bad_labels`, `too_few_rows`, `bad_value`.
     """
-    _check_options(kind, test_fraction, seed)
+    check_split(test_fraction, seed)
     _check_penalties(kind, l2, l1, class_weight, folds)
     plan(kind, labels, groups, test_fraction, seed, folds)
 
@@ -126,11 +126,8 @@ def sizes(
     return len(split.train), len(split.test)
 
 
-def _check_options(kind: str, test_fraction: float, seed: int) -> None:
-    if kind not in KINDS:
-        raise errors.refuse(
-            "bad_value", "kind", f"{kind!r} is not a fit", closest=errors.closest(kind, KINDS)
-        )
+def check_split(test_fraction: float, seed: int) -> None:
+    """Refuses with `bad_value` what no split can be drawn with."""
     if not 0 < test_fraction < 1:
         raise errors.refuse("bad_value", "test_fraction", f"{test_fraction!r} is not between 0 and 1")
     if seed < 0:
@@ -140,6 +137,9 @@ def _check_options(kind: str, test_fraction: float, seed: int) -> None:
 def _check_penalties(
     kind: str, l2: float | None, l1: float | None, class_weight: str | None, folds: int
 ) -> None:
+    if kind not in KINDS:
+        reason = f"{kind!r} is not a fit"
+        raise errors.refuse("bad_value", "kind", reason, closest=errors.closest(kind, KINDS))
     low, high = PENALTY_RANGE
     if l2 is not None and kind == "mean_diff":
         raise errors.refuse("bad_value", "l2", "mean_diff has no penalty: leave l2 out")
@@ -156,7 +156,7 @@ def _check_penalties(
 
 
 @contextmanager
-def _at(site: str) -> Iterator[None]:
+def at(site: str) -> Iterator[None]:
     """What is said of "rows" inside is said of a site."""
     try:
         yield
@@ -165,7 +165,12 @@ def _at(site: str) -> Iterator[None]:
         raise type(e)(named) from None
 
 
-def _source(given: GivenRows, n: int) -> Source:
+def read(given: GivenRows, n: int) -> Source:
+    """The rows of a site as a source of n rows.
+
+    Raises:
+        ProgramError: `rows_mismatch`, `bad_labels`.
+    """
     source = as_source(given() if callable(given) else given)
     if len(source) != n:
         raise errors.refuse("bad_labels", "labels", f"{n} labels for {len(source)} rows")

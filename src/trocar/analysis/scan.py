@@ -9,7 +9,7 @@ Shapes: K probes of C columns (1 for two classes), d features, n rows, blocks of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Final, Protocol
@@ -20,11 +20,14 @@ import numpy.typing as npt
 from trocar.analysis.labels import Floats, Ints
 from trocar.analysis.moments import Precision
 from trocar.analysis.source import BLOCK_ROWS, Block, Source
+from trocar.analysis.standard import Far
 
 Array = npt.NDArray[Any]
 Signs = npt.NDArray[np.int8]
 _FEW: Final = 3
 """Up to so many columns, one product with a vector each is faster than a product of matrices."""
+
+NONE_FAR: Final = Far(np.empty(0, dtype=np.int64), np.empty(0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,15 +57,24 @@ class Objective(Protocol):
 
 
 class Scores:
-    """Blocks of scores `weights @ x + bias`, [k, b], and of rows, in order; buffers are reused."""
+    """Blocks of scores `weights @ x + bias`, [k, b], and of rows, in order; buffers are reused.
 
-    def __init__(self, source: Source, precision: Precision) -> None:
-        self._source, self._dtype = source, np.dtype(precision)
+    Args of the constructor:
+        far: features to be centred first.
+    """
+
+    def __init__(self, source: Source, precision: Precision, far: Far = NONE_FAR) -> None:
+        self._source, self._dtype, self._far = source, np.dtype(precision), far
+        self._centre = far.centre.astype(self._dtype)
         self._room = np.empty((BLOCK_ROWS, source.width), self._dtype)
 
-    def blocks(self, weights: Floats, bias: Floats) -> Iterable[tuple[slice, Array, Array]]:
-        """Rows covered, the rows [b, d], and their scores [k, b]."""
-        w, c = weights.astype(self._dtype), bias.astype(self._dtype)[:, None]
+    def blocks(self, weights: Floats, bias: Floats) -> Iterator[tuple[slice, Array, Array, Array]]:
+        """Rows covered, the rows [b, d], those of their features that are far [b, f], centred, and scores [k, b]."""
+        columns = self._far.columns
+        far_weights = weights[:, columns]
+        w, far_w = weights.astype(self._dtype), far_weights.astype(self._dtype)
+        w[:, columns] = 0
+        c = (bias + far_weights @ self._far.centre).astype(self._dtype)[:, None]
         scores = np.empty((len(w), BLOCK_ROWS), self._dtype)
         row = 0
         for block in self._source.blocks(BLOCK_ROWS):
@@ -74,8 +86,11 @@ class Scores:
             else:
                 out = scores.reshape(-1)[: len(w) * len(x)].reshape(len(w), len(x))
                 np.matmul(w, x.T, out=out)
+            centred = x[:, columns] - self._centre
+            if len(columns):
+                out += far_w @ centred.T
             out += c
-            yield slice(row, row + len(x)), x, out
+            yield slice(row, row + len(x)), x, centred, out
             row += len(x)
 
     def _cast(self, block: Block) -> Array:
@@ -85,12 +100,19 @@ class Scores:
         np.copyto(room, block)
         return room
 
+    def gradient(self, residual: Array, x: Array, centred: Array) -> Floats:
+        """`residual @ x` for residuals [k, b]; of features that are far, about their centre."""
+        few = len(residual) <= _FEW
+        products = np.stack([line @ x for line in residual]) if few else residual @ x
+        out: Floats = products.astype(np.float64)
+        if len(self._far.columns):
+            out[:, self._far.columns] = residual @ centred
+        return out
 
-def gradient(residual: Array, x: Array) -> Array:
-    """`residual @ x` for residuals [k, b] and rows [b, d]."""
-    few = len(residual) <= _FEW
-    out: Array = np.stack([line @ x for line in residual]) if few else residual @ x
-    return out
+    def raw(self, gradient: Floats, by_bias: Floats) -> Floats:
+        """The gradient by raw weights [k, d], from the sum of `gradient` and that by bias [k]."""
+        gradient[:, self._far.columns] += by_bias[:, None] * self._far.centre
+        return gradient
 
 
 class Binary:
@@ -104,9 +126,14 @@ class Binary:
     columns = 1
 
     def __init__(
-        self, source: Source, signs: Signs, precision: Precision, class_weights: Floats | None = None
+        self,
+        source: Source,
+        signs: Signs,
+        precision: Precision,
+        class_weights: Floats | None = None,
+        far: Far = NONE_FAR,
     ) -> None:
-        self._scores, self._signs, self._dtype = Scores(source, precision), signs, np.dtype(precision)
+        self._scores, self._signs, self._dtype = Scores(source, precision, far), signs, np.dtype(precision)
         self._weights = class_weights
         self._idle = (signs == 0).sum(axis=1)
 
@@ -120,15 +147,15 @@ class Binary:
         whole = len(chosen) == len(self._signs)
         signs = self._signs if whole else self._signs[chosen]
         uneven = None if self._weights is None else self._weights[chosen]
-        for here, x, scores in self._scores.blocks(weights[:, 0], bias[:, 0]):
+        for here, x, centred, scores in self._scores.blocks(weights[:, 0], bias[:, 0]):
             sign = signs[:, here].astype(self._dtype)
             residual = self._losses(scores, sign, loss, uneven)
-            by_weight += gradient(residual, x)
+            by_weight += self._scores.gradient(residual, x, centred)
             by_bias += residual.sum(axis=1)
         total = loss[0] - self._idle[chosen] * np.log(2.0)
         if uneven is not None:
             total = uneven[:, 0] * (total - loss[1]) + uneven[:, 1] * loss[1]
-        return Slope(total, by_weight[:, None], by_bias[:, None])
+        return Slope(total, self._scores.raw(by_weight, by_bias)[:, None], by_bias[:, None])
 
     def _losses(self, scores: Array, sign: Array, loss: Floats, uneven: Floats | None) -> Array:
         """Adds up the losses of all rows and of the upper class; gives their derivatives by the score.
@@ -170,8 +197,9 @@ class Softmax:
         columns: int,
         precision: Precision,
         class_weights: Floats | None = None,
+        far: Far = NONE_FAR,
     ) -> None:
-        self._scores, self._classes, self.columns = Scores(source, precision), classes, columns
+        self._scores, self._classes, self.columns = Scores(source, precision, far), classes, columns
         self._dtype = np.dtype(precision)
         weights = np.ones((len(classes), columns)) if class_weights is None else class_weights
         self._weights = np.hstack([weights, np.zeros((len(classes), 1))])  # the class -1 counts nothing
@@ -182,10 +210,10 @@ class Softmax:
 
     def at(self, chosen: Ints, weights: Floats, bias: Floats) -> Slope:
         k, c, d = weights.shape
-        loss, by_weight, by_bias = np.zeros(k), np.zeros((k, c, d)), np.zeros((k, c))
+        loss, by_weight, by_bias = np.zeros(k), np.zeros((k * c, d)), np.zeros(k * c)
         counts = self._weights[chosen]
         which = np.arange(k)[:, None]
-        for here, x, flat in self._scores.blocks(weights.reshape(k * c, d), bias.reshape(k * c)):
+        for here, x, centred, flat in self._scores.blocks(weights.reshape(k * c, d), bias.reshape(k * c)):
             label = self._classes[chosen, here].astype(np.int64)
             weight = counts[which, label]
             scores = flat.reshape(k, c, -1)
@@ -197,9 +225,11 @@ class Softmax:
             p /= total[:, None]
             p[which, np.maximum(label, 0), np.arange(len(x))] -= 1
             p *= weight[:, None].astype(self._dtype)
-            by_weight += gradient(p.reshape(k * c, -1), x).reshape(k, c, d)
-            by_bias += p.sum(axis=2)
-        return Slope(loss, by_weight, by_bias)
+            residual = p.reshape(k * c, -1)
+            by_weight += self._scores.gradient(residual, x, centred)
+            by_bias += residual.sum(axis=1)
+        by_weight = self._scores.raw(by_weight, by_bias)
+        return Slope(loss, by_weight.reshape(k, c, d), by_bias.reshape(k, c))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -122,11 +122,14 @@ def _logistic(rows: Rows, penalty: Penalty) -> Probe:
         tasks.append(Task(standard(m), counts * weights[-1], penalty.l2, penalty.l1))
     classes = np.stack([np.where(t, y, -1) for y, t in zip(rows.labels, rows.train, strict=True)])
     uneven = np.stack(weights) if penalty.class_weight else None
+    far = tasks[0].standard.far
     if trial.kind == "logistic":
         signs = np.where(classes < 0, 0, 2 * classes - 1).astype(np.int8)
-        fitted = logistic(Binary(rows.source, signs, rows.precision, uneven), tasks, near, rows.precision)
+        fitted = logistic(
+            Binary(rows.source, signs, rows.precision, uneven, far), tasks, near, rows.precision
+        )
     else:
-        softmax = Softmax(rows.source, classes.astype(np.int16), n_classes, rows.precision, uneven)
+        softmax = Softmax(rows.source, classes.astype(np.int16), n_classes, rows.precision, uneven, far)
         fitted = logistic(softmax, tasks, near, rows.precision)
     return Probe(np.concatenate([f.weights for f in fitted]), np.concatenate([f.bias for f in fitted]))
 
@@ -158,7 +161,7 @@ def scores_of(rows: Rows, probe: Probe) -> Floats:
         ProgramError: `rows_not_finite`.
     """
     scores = np.empty((len(probe.weights), len(rows.source)), rows.precision)
-    for here, _, block in Scores(rows.source, rows.precision).blocks(probe.weights, probe.bias):
+    for here, _, _, block in Scores(rows.source, rows.precision).blocks(probe.weights, probe.bias):
         scores[:, here] = block
     if not np.isfinite(scores).all():
         raise errors.refuse("rows_not_finite", "rows", "a row holds NaN or an infinity")

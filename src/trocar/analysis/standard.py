@@ -12,12 +12,26 @@ from typing import Final
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from trocar.analysis.labels import Floats
+from trocar.analysis.labels import Floats, Ints
 from trocar.analysis.moments import Moments
 
 _ROUNDING: Final = 1e-6
 _SMALLEST: Final = 1e-30  # below it, weights in raw space would leave the range of float32
 _FLOOR: Final = 1e-5
+_FAR: Final = 8.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Far:
+    """Features that are centred before they are multiplied, because float32 would lose their digits.
+
+    Attributes:
+        columns: int64 [f].
+        centre: [f], exact in float32.
+    """
+
+    columns: Ints
+    centre: Floats
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +46,12 @@ class Standard:
         """The raw weights [..., d] and bias [...] that give the same scores."""
         raw = weights * self.inverse
         return raw, bias - raw @ self.mean
+
+    @property
+    def far(self) -> Far:
+        """The features that lie more than eight deviations from 0."""
+        columns = np.flatnonzero(np.abs(self.mean * self.inverse) > _FAR)
+        return Far(columns, self.mean[columns].astype(np.float32).astype(np.float64))
 
     def gradient(self, by_weights: Floats, by_bias: Floats) -> Floats:
         """The gradient by standardised weights [..., d], from that by raw weights and by bias [...]."""

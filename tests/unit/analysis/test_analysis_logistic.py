@@ -71,7 +71,9 @@ def reference(x: Floats, y: Ints, l2: float, l1: float = 0.0) -> float:
 def test_the_optimum_is_that_of_scikit_learn(l2: float, near: bool, precision: str) -> None:
     x, y = data()
     (m,) = moments(ArraySource(x))
-    objective = Binary(ArraySource(x), signs([y]), precision)  # type: ignore[arg-type]
+    far = standard(m).far
+    assert far.columns.tolist() == [0]
+    objective = Binary(ArraySource(x), signs([y]), precision, far=far)  # type: ignore[arg-type]
     (found,) = logistic(objective, tasks(x, [y], l2), m if near else None, precision)
     best = reference(x, y, l2)
     assert loss_of(found, x, y, l2) == pytest.approx(best, rel=1e-6 if precision == "float32" else 1e-10)
@@ -174,7 +176,7 @@ def test_many_classes_are_those_of_scikit_learn(balanced: bool, precision: str) 
     ).fit(z, y)
     (m,) = moments(ArraySource(x))
     task = Task(standard(m), counts * weights, 1.0)
-    softmax = Softmax(ArraySource(x), y[None].astype(np.int16), 4, precision, weights[None])  # type: ignore[arg-type]
+    softmax = Softmax(ArraySource(x), y[None].astype(np.int16), 4, precision, weights[None], standard(m).far)  # type: ignore[arg-type]
     (found,) = logistic(softmax, [task], m, precision)
 
     def objective(w: Floats, b: Floats) -> float:
@@ -209,7 +211,8 @@ def test_outlier_features_lose_nothing_in_float32(ratio: float) -> None:
     x[:, :2] = 40 * x[:, :2] + 40 * ratio
     x = x.astype(np.float32).astype(np.float64)
     (m,) = moments(ArraySource(x), precision="float32")
-    (found,) = logistic(Binary(ArraySource(x), signs([y]), "float32"), tasks(x, [y], 1.0), m)
+    objective = Binary(ArraySource(x), signs([y]), "float32", far=standard(m).far)
+    (found,) = logistic(objective, tasks(x, [y], 1.0), m)
     best = reference(x, y, 1.0)
     assert loss_of(found, x, y, 1.0) == pytest.approx(best, rel=1e-6)
 
