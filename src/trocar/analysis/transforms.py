@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -178,7 +179,7 @@ class Erased:
 
     def blocks(self, most: int = BLOCK_ROWS) -> Iterator[Block]:
         for block in self._source.blocks(most):
-            erased: Block = block - ((block - self._mean) @ self._right.T) @ self._left.T
+            erased: npt.NDArray[Any] = block - ((block - self._mean) @ self._right.T) @ self._left.T
             yield erased
 
 
