@@ -23,7 +23,10 @@ from trocar.analysis.labels import Floats, Ints
 from trocar.analysis.source import Block, Source
 
 Precision = Literal["float32", "float64"]
-CHUNK_ROWS: Final = 2048
+CHUNK_ROWS: Final = 4096
+CHUNK_NUMBERS: Final = 2**24
+LEAST_ROWS: Final = 256
+"""Rows that are multiplied at once: many enough for the speed of a large product, and 64 MB of float32 at most."""
 EXACT_CELLS: Final = 2**24
 """Up to so many numbers, float64 costs so little that nothing else is worth its rounding."""
 
@@ -170,12 +173,13 @@ def moments(
     if part is not None and len(part) != n:
         raise errors.refuse("bad_labels", "part", f"{len(part)} parts for {n} rows")
     grams = [gram] * parts if isinstance(gram, bool) else gram
+    chunk = max(LEAST_ROWS, min(CHUNK_ROWS, CHUNK_NUMBERS // (source.width * parts)))
     sums: list[_Sums] = []
     row = 0
-    for block in source.blocks(CHUNK_ROWS):
+    for block in source.blocks():
         if not sums:
-            centre = _pilot(block) if pilot is None else pilot
-            sums = [_Sums(source.width, t.shape[1], centre, wanted, exact) for wanted in grams]
+            centre = (_pilot(block) if pilot is None else pilot).astype(np.float32)
+            sums = [_Sums(chunk, t.shape[1], centre, wanted, exact) for wanted in grams]
         here = slice(row, row + len(block))
         row += len(block)
         for number, one in enumerate(sums):
@@ -190,33 +194,45 @@ def moments(
 
 
 class _Sums:
-    """What `moments` adds up for one part."""
+    """What `moments` adds up for one part: rows are centred into a chunk, and a full chunk is multiplied."""
 
-    def __init__(self, width: int, k: int, pilot: Floats, gram: bool, precision: Precision) -> None:
-        self._pilot32, self._pilot = pilot.astype(np.float32), pilot.astype(np.float32).astype(np.float64)
-        self._dtype = np.dtype(precision)
-        self._room = np.empty((CHUNK_ROWS, width), self._dtype)
+    def __init__(
+        self, chunk: int, k: int, pilot: npt.NDArray[np.float32], gram: bool, precision: Precision
+    ) -> None:
+        width = len(pilot)
+        self._pilot, self._n, self._filled = pilot, 0, 0
+        self._x = np.empty((chunk, width), precision)
+        self._t = np.ones((chunk, k + 1))
         self._gram = np.zeros((width, width)) if gram else None
         self._square, self._sums = np.zeros(width), np.zeros((k + 1, width))
-        self._t, self._tt = np.zeros(k), np.zeros(k)
-        self._n = 0
+        self._target_sums, self._target_squares = np.zeros(k + 1), np.zeros(k + 1)
 
     def add(self, block: Block, t: Floats) -> None:
-        x = self._room[: len(block)]
-        np.subtract(block, self._pilot32, out=x, dtype=self._dtype)
-        sides = np.ones((1 + t.shape[1], len(block)), self._dtype)
-        sides[1:] = t.T
-        self._sums += sides @ x
+        done = 0
+        while done < len(block):
+            take = min(len(block) - done, len(self._x) - self._filled)
+            room = slice(self._filled, self._filled + take)
+            np.subtract(block[done : done + take], self._pilot, out=self._x[room], dtype=self._x.dtype)
+            self._t[room, 1:] = t[done : done + take]
+            done += take
+            self._filled += take
+            if self._filled == len(self._x):
+                self._multiply()
+
+    def _multiply(self) -> None:
+        x, t = self._x[: self._filled], self._t[: self._filled]
+        self._sums += t.T.astype(x.dtype) @ x
         self._square += _squares(x)
         if self._gram is not None:
             self._gram += x.T @ x
-        self._t += t.sum(axis=0)
-        self._tt += (t**2).sum(axis=0)
-        self._n += len(block)
+        self._target_sums += t.sum(axis=0)
+        self._target_squares += (t**2).sum(axis=0)
+        self._n += self._filled
+        self._filled = 0
 
     def result(self) -> Moments:
-        total, cross, gram = self._sums[0], self._sums[1:].T.copy(), self._gram
-        square = self._square
+        self._multiply()
+        total, cross, square, gram = self._sums[0], self._sums[1:].T.copy(), self._square, self._gram
         if gram is not None:
             np.fill_diagonal(gram, square)
         if not np.isfinite(total).all():
@@ -224,7 +240,8 @@ class _Sums:
         if not (np.isfinite(square).all() and np.isfinite(cross).all()):
             reason = "the rows are so large that their squares leave the range of the products"
             raise errors.refuse("rows_not_finite", "rows", reason)
-        return Moments(self._n, self._pilot, total, square, gram, self._t, self._tt, cross)
+        pilot, sides = self._pilot.astype(np.float64), (self._target_sums[1:], self._target_squares[1:])
+        return Moments(self._n, pilot, total, square, gram, *sides, cross)
 
 
 def _squares(x: Block | Floats) -> Floats:

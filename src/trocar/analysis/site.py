@@ -141,17 +141,20 @@ def _survey(rows: Rows, wanted: bool) -> tuple[list[Moments], Moments | None]:
     """
     n, d = len(rows.source), rows.source.width
     useful = wanted or len(rows.trial.split.train) >= 2 * d
-    least = max(NEAR_PER_WIDTH * d, 8192)
-    sampled = np.ones(n, dtype=np.int64)
-    if n > 2 * least:
-        period = _RUN * n // least
-        sampled = (np.arange(n) % period < _RUN).astype(np.int64)
-    part = 2 * rows.part + (sampled if useful else 0)
+    part = 2 * rows.part + (sampled(n, d) if useful else 0)
     grams = [useful and number % 4 == 1 for number in range(2 * rows.parts)]
     both = moments(rows.source, part=part, parts=2 * rows.parts, gram=grams, precision=rows.precision)
     plain = tuple(both[i].plain().merge(both[i + 1].plain()) for i in range(0, len(both), 2))
     near = merge([m for m in both if m.gram is not None]) if useful else None
     return rows.of_probes(plain), near
+
+
+def sampled(n: int, d: int) -> Ints:
+    """1 for the rows of a sample that tells the correlation of d features well enough, spread in runs; [n]."""
+    least = max(NEAR_PER_WIDTH * d, 8192)
+    if n <= 2 * least:
+        return np.ones(n, dtype=np.int64)
+    return (np.arange(n) % (_RUN * n // least) < _RUN).astype(np.int64)
 
 
 def scores_of(rows: Rows, probe: Probe) -> Floats:

@@ -249,7 +249,7 @@ def test_the_sample_of_the_correlation_is_spread_over_the_rows(monkeypatch: pyte
     x, y = rows(40_000, 4, gap=0.3)
     fit("logistic", {SITE: x}, y)
     assert 4000 < sum(seen) < 9000
-    assert len(seen) == 20  # every chunk has some
+    assert len(seen) > 70  # of the 79 blocks that are read, nearly all have some
 
 
 @pytest.mark.parametrize(
