@@ -2,7 +2,7 @@
 
 A measure knows its value, its value when rows count more or less (for the bootstrap), and what each row adds to it
 (for the infinitesimal jackknife of Efron 1982, which for AUROC is the variance of DeLong 1988, and over groups that of
-Obuchowski 1997). Up to 20,000 rows intervals are bootstraps; beyond, where both agree, the normal interval costs
+Obuchowski 1997). Up to 5,000 rows intervals are bootstraps; beyond, where both agree, the normal interval costs
 nothing. Calibration: the Brier score (Brier 1950), and the expected calibration error over 15 bins of equal width
 (Naeini et al. 2015, Guo et al. 2017), which is biased upwards by about one over the root of the rows in a bin.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from trocar.analysis import metrics
 from trocar.analysis.labels import Floats, Ints
 
-BOOTSTRAP_ROWS: Final = 20_000
+BOOTSTRAP_ROWS: Final = 5_000
 N_BINS: Final = 15
 _NORMAL: Final = 1.959963984540054
 

@@ -176,21 +176,27 @@ def moments(
     chunk = max(LEAST_ROWS, min(CHUNK_ROWS, CHUNK_NUMBERS // (source.width * parts)))
     sums: list[_Sums] = []
     row = 0
-    for block in source.blocks():
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite in the end is refused
+        for block in source.blocks():
+            if not sums:
+                centre = (_pilot(block) if pilot is None else pilot).astype(np.float32)
+                sums = [_Sums(chunk, t.shape[1], centre, wanted, exact) for wanted in grams]
+            here = slice(row, row + len(block))
+            row += len(block)
+            _share(block, t[here], None if part is None else part[here], sums)
         if not sums:
-            centre = (_pilot(block) if pilot is None else pilot).astype(np.float32)
-            sums = [_Sums(chunk, t.shape[1], centre, wanted, exact) for wanted in grams]
-        here = slice(row, row + len(block))
-        row += len(block)
-        for number, one in enumerate(sums):
-            chosen = None if part is None else np.flatnonzero(part[here] == number)
-            if chosen is None or len(chosen) == len(block):
-                one.add(block, t[here])
-            elif len(chosen):
-                one.add(block[chosen], t[here][chosen])
-    if not sums:
-        raise errors.refuse("too_few_rows", "rows", "there are no rows")
-    return tuple(one.result() for one in sums)
+            raise errors.refuse("too_few_rows", "rows", "there are no rows")
+        return tuple(one.result() for one in sums)
+
+
+def _share(block: Block, t: Floats, part: Ints | None, sums: Sequence[_Sums]) -> None:
+    """Adds each row of a block to its part."""
+    for number, one in enumerate(sums):
+        chosen = None if part is None else np.flatnonzero(part == number)
+        if chosen is None or len(chosen) == len(block):
+            one.add(block, t)
+        elif len(chosen):
+            one.add(block[chosen], t[chosen])
 
 
 class _Sums:
@@ -255,8 +261,7 @@ def _squares(x: Block | Floats) -> Floats:
 
 def _pilot(block: Block) -> Floats:
     """A median: the first rows are where the largest activations are, and a mean would follow them."""
-    with np.errstate(invalid="ignore"):
-        middle = np.median(block[:512], axis=0).astype(np.float64)
+    middle = np.median(block[:512], axis=0).astype(np.float64)
     return np.where(np.isfinite(middle), middle, 0.0)
 
 
