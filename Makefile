@@ -3,12 +3,14 @@
 #   make test    every test, in two processes; JOBS=0 for one, ARGS="-k words" for some
 #   make check   what CI runs: format, lint, types, layers, docs, tests
 #   make sizes   lengths of functions and files;   make bench   benchmarks;   make docs   the site in site/
+#   make lock    writes constraints.txt and server.lock, the versions that are installed
 
 SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# As variables they also reach what pip installs to build the package; the second name is that of pip 25.3 and later.
+PIP := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/python -m pip --disable-pip-version-check
 # What is installed follows from these files alone.
 PINS := pyproject.toml constraints.txt
 # Two threads on small tensors cost more than one saves, and results must not depend on the machine.
@@ -17,10 +19,10 @@ export PYTHONHASHSEED ?= 0
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lint types layers docs reference sizes bench clean
+.PHONY: help demo test check format lint types layers docs reference sizes bench lock clean
 
 help:
-	@sed -n '2,6s/^# *//p' Makefile
+	@sed -n '2,7s/^# *//p' Makefile
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer was found; set PYTHON=/path/to/python" >&2; exit 1; }
@@ -28,11 +30,11 @@ $(VENV)/bin/python:
 
 # One pip command: the constraint on torch must hold before anything else can pull another build of it.
 $(VENV)/.dev: $(PINS) | $(VENV)/bin/python
-	$(PIP) install --quiet --quiet -c constraints.txt -e ".[dev]"
+	$(PIP) install --quiet --quiet -e ".[dev]"
 	@touch $@ $(VENV)/.demo
 
 $(VENV)/.demo: $(PINS) | $(VENV)/bin/python
-	$(PIP) install --quiet --quiet -c constraints.txt -e ".[server,demo]"
+	$(PIP) install --quiet --quiet -e ".[server,demo]"
 	@touch $@
 
 demo: $(VENV)/.demo
@@ -66,6 +68,10 @@ sizes: $(VENV)/bin/python
 
 bench: $(VENV)/.dev
 	@$(BIN)/python scripts/benches.py $(ARGS)
+
+lock: $(VENV)/bin/python
+	$(PIP) install --quiet uv
+	$(BIN)/python scripts/lock.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -102,12 +102,16 @@ class BentWorker:
         bend: what it makes of honest arrays.
         before: what it does when an order arrives; it may raise.
         bend_fit: what it makes of a fit's numbers.
+        bend_erase: what it does when rows are to go.
+        before_numbers: what it does when numbers are asked for, for the airlock.
     """
 
     honest: LocalWorker
     bend: Callable[[RunOrder, list[Any]], Any] = lambda _order, arrays: arrays
     before: Callable[[RunOrder, Watch], None] = lambda _order, _watch: None
     bend_fit: Callable[[Any], Any] = lambda arrays: arrays
+    bend_erase: Callable[[Sequence[str]], None] = lambda _handles: None
+    before_numbers: Callable[[], None] = lambda: None
 
     @property
     def name(self) -> str:
@@ -122,9 +126,11 @@ class BentWorker:
         return self.bend_fit(dict(self.honest.fit(order, watch)))
 
     def numbers(self, order: NumbersOrder) -> Any:
+        self.before_numbers()
         return self.honest.numbers(order)
 
     def erase(self, tenant: str, handles: Sequence[str]) -> None:
+        self.bend_erase(handles)
         self.honest.erase(tenant, handles)
 
     def stats(self) -> EngineStats:
@@ -141,7 +147,8 @@ class BentWorker:
 
     def behave(self) -> None:
         self.bend, self.before = lambda _order, arrays: arrays, lambda _order, _watch: None
-        self.bend_fit = lambda arrays: arrays
+        self.bend_fit, self.bend_erase = lambda arrays: arrays, lambda _handles: None
+        self.before_numbers = lambda: None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,7 +25,7 @@ from trocar.gate.chain import Entry
 from trocar.gate.checks import ExportTerms
 from trocar.gate.database import Database
 from trocar.gate.exposures import Direction, End, Exposure
-from trocar.gate.handles import Handles
+from trocar.gate.handles import Handle, Handles
 from trocar.gate.keys import Keys, NewToken, Principal
 from trocar.gate.ledger import Ledger, Replay, Reservation
 from trocar.gate.limits import Limits, Payer
@@ -49,6 +49,10 @@ SIGNING_FILE: Final = "tokens.key"
 _DAY_MS: Final = 86_400_000
 
 
+def _at_once() -> None:
+    """The tick of whoever may know when work is done."""
+
+
 @dataclass(frozen=True, slots=True)
 class Hold:
     """Reserved bits of one admitted request."""
@@ -58,6 +62,7 @@ class Hold:
     prices: Prices
     facts: ModelFacts
     tongue: Tongue
+    maker: tuple[str, ...]
 
 
 class Gate:
@@ -272,7 +277,7 @@ class Gate:
                 bits=0, seq=admitted.head.seq, head=admitted.head.hash, left_bits=left, replayed=True
             )
             return release.replay(admitted.payload, charge)
-        return Hold(admitted, cost, self.prices(principal), facts, tongue)
+        return Hold(admitted, cost, self.prices(principal), facts, tongue, principal.credential)
 
     def _exposure(
         self, principal: Principal, lineage: Lineage, facts: ModelFacts, use: Use
@@ -291,26 +296,37 @@ class Gate:
             {site: self.policy.lineage_rank_limit(width) for site, width in widths.items()},
         )
 
-    def release(self, hold: Hold, press: Callable[[Press], Priced]) -> Released:
+    def release(
+        self,
+        hold: Hold,
+        press: Callable[[Press], Priced],
+        made: Sequence[Handle] = (),
+        tick: Callable[[], None] = _at_once,
+    ) -> Released:
         """Rounds, counts and charges a result; the bytes exist only after the charge is on disk.
 
         Args:
             press: makes the payload with the one given, which holds the caller's prices.
+            made: handles that it tells of; they are there as soon as it is charged, and never before.
+            tick: waits for the moment at which it may be known that the work is done.
 
         Raises:
             RunFailed: `result_not_finite`; the hold stays open: cancel it.
             ServerFault: `ledger_unavailable`, `bad_result`, `internal`.
         """
         priced = press(Press(hold.facts, hold.tongue, hold.prices))
-        return release.seal(priced, lambda bits, payload: self._settle(hold, bits, payload))
+        tick()
+        return release.seal(priced, lambda bits, payload: self._settle(hold, bits, payload, made))
 
-    def cancel(self, hold: Hold, fault: BaseException) -> None:
+    def cancel(self, hold: Hold, fault: BaseException, tick: Callable[[], None] = _at_once) -> None:
         """Ends a request that gave nothing: the overhead stays charged, the rest is refunded.
 
         Args:
             fault: why. A worker whose result was not the declared one freezes what is secret: an honest one never
                 does this.
+            tick: as for `release`.
         """
+        tick()
         try:
             lineage = self.lineage(hold.facts)
             if lineage.cap is not None and _code(fault) == "bad_result":
@@ -321,8 +337,13 @@ class Gate:
         finally:
             self.ledger.cancel(hold.reservation, hold.cost.bits_out["overhead"])
 
-    def _settle(self, hold: Hold, bits: int, payload: bytes) -> r.Charge:
-        charge = self.ledger.settle(hold.reservation, bits, payload)
+    def _settle(self, hold: Hold, bits: int, payload: bytes, made: Sequence[Handle]) -> r.Charge:
+        charge = self.ledger.settle(
+            hold.reservation,
+            bits,
+            payload,
+            lambda connection: self.handles.enter(connection, made, hold.maker),
+        )
         return r.Charge(bits=charge.spent_bits, seq=charge.seq, head=charge.head, left_bits=charge.left_bits)
 
     # ---- accounts ----

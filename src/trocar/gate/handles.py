@@ -11,11 +11,23 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, Column, Index, RowMapping, String, Table, and_, delete, insert, select
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Connection,
+    Index,
+    RowMapping,
+    String,
+    Table,
+    and_,
+    delete,
+    insert,
+    select,
+)
 
 from trocar import errors
 from trocar.gate.database import Database
@@ -66,6 +78,7 @@ class Handle:
         origins: by site, of activations; of an artifact, of the rows that it was fitted on.
         own_targets: whether an artifact was fitted to activations, and so holds numbers of the weights.
         source: what an artifact was fitted on.
+        maker: the credential that asked for it.
     """
 
     id: str
@@ -79,6 +92,7 @@ class Handle:
     own_targets: bool = False
     source: str = ""
     created_ms: int = 0
+    maker: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -117,15 +131,12 @@ class Handles:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, made: Sequence[Handle]) -> None:
-        """Enters handles whose rows are complete.
-
-        Raises:
-            ServerFault: `ledger_unavailable`.
-        """
+    @staticmethod
+    def enter(connection: Connection, made: Sequence[Handle], maker: tuple[str, ...]) -> None:
+        """Enters handles whose rows are complete, in the transaction that charges for what they tell."""
         if made:
-            with self._database.write() as connection:
-                connection.execute(insert(HANDLES), [_row(handle) for handle in made])
+            rows = [_row(replace(handle, maker=maker)) for handle in made]
+            connection.execute(insert(HANDLES), rows)
 
     def find(self, tenant: str, handle: str) -> Handle:
         """A handle of a tenant.
@@ -158,14 +169,6 @@ class Handles:
         if not gone:
             raise _not_found(handle)
 
-    def forget(self, tenant: str, handles: Iterable[str]) -> None:
-        """Forgets handles that were never told; those that are gone already do not matter."""
-        named = tuple(handles)
-        if named:
-            mine = and_(HANDLES.c.tenant == tenant, HANDLES.c.id.in_(named))
-            with self._database.write() as connection:
-                connection.execute(delete(HANDLES).where(mine))
-
 
 def _owned(tenant: str, handle: str) -> Any:
     return and_(HANDLES.c.id == handle, HANDLES.c.tenant == tenant)
@@ -180,6 +183,7 @@ def _row(handle: Handle) -> dict[str, Any]:
         "origins": {site: [o.blocks, o.first] for site, o in handle.origins.items()},
         "own_targets": handle.own_targets,
         "source": handle.source,
+        "maker": handle.maker,
     }
     return {
         "id": handle.id,
@@ -209,4 +213,5 @@ def _handle(row: RowMapping) -> Handle:
         own_targets=notes["own_targets"],
         source=notes["source"],
         created_ms=row["created_ms"],
+        maker=tuple(notes["maker"]),
     )

@@ -71,6 +71,21 @@ class Principal:
     subaccounts: tuple[SubAccount, ...]
     token_ids: tuple[str, ...] = ()
 
+    @property
+    def credential(self) -> tuple[str, ...]:
+        """The key, and the blocks of the token that stands for it."""
+        return (self.key_id, *self.token_ids)
+
+    def owns(self, tenant: str, maker: tuple[str, ...]) -> bool:
+        """Whether what `maker`, a credential of `tenant`, made may be ended by this one.
+
+        A whole key has everything of its tenant; a token, and a key with a scope, have what they or tokens made from
+        them asked for.
+        """
+        narrow = bool(self.token_ids) or self.scope != EVERYTHING
+        mine = self.credential
+        return tenant == self.tenant and (not narrow or maker[: len(mine)] == mine)
+
 
 @dataclass(frozen=True, slots=True)
 class NewKey:

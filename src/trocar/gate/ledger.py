@@ -145,13 +145,20 @@ class Ledger:
             if found is not None:
                 return found
 
-    def settle(self, reservation: Reservation, spent_bits: int, payload: bytes) -> Charge:
+    def settle(
+        self,
+        reservation: Reservation,
+        spent_bits: int,
+        payload: bytes,
+        also: Callable[[Connection], None] | None = None,
+    ) -> Charge:
         """Charges what the payload releases and refunds the rest. Emit the payload only after this returns.
 
         Args:
             reservation: from `reserve`, in this process.
             spent_bits: what the payload releases, overhead included; at most what was reserved.
             payload: the exact bytes that will be emitted; stored when an idempotency key was given.
+            also: what else becomes true with the charge, and not without it.
 
         Raises:
             ServerFault: `bad_bits` (it stays open: cancel it) or `reservation_closed`.
@@ -166,6 +173,8 @@ class Ledger:
             keys.require_not_revoked(connection, row["key_id"], reservations.token_ids(row))
             accounts.require_not_frozen(connection, row["lineage"])
             reservations.keep(connection, row, payload)
+            if also is not None:
+                also(connection)
             return reservations.close(
                 connection, row, Kind.settled, spent_bits, now_ms=now_ms, payload_digest=digest
             )

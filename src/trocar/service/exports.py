@@ -8,8 +8,9 @@ reviewers see everything. The file is charged by the airlock. Nothing here decid
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Final
 
@@ -31,7 +32,7 @@ from trocar.gate.use import Use
 from trocar.grants.scope import EXPORT
 from trocar.graph.cost import Cost
 from trocar.graph.labels import Label
-from trocar.service import faults, tickets
+from trocar.service import faults, tickets, ticks
 from trocar.service.prepare import digest
 from trocar.service.worker import Model, NumbersOrder
 from trocar.sites import parse
@@ -41,6 +42,7 @@ from trocar.wire import results as r
 CHECK_BITS: Final = 64
 """Of each part: whatever the checks say of its numbers takes less."""
 MOST_LISTED: Final = 1000
+MOST_WAIT_S: Final = 2.0
 _UNKNOWN: Final = Way(blocks=0, first=True)
 """Of rows whose way nobody wrote down: the worst is assumed."""
 
@@ -90,10 +92,14 @@ class Exports:
         )
         if isinstance(hold, Released):
             return hold
+        started_s, tick_ms = time.monotonic(), self._gate.policy.terms(principal.tier).tick_ms
         try:
-            with self._turn:
-                with faults.reworded(model.facts, frozenset(of.shapes)):
-                    arrays = model.worker.numbers(order)
+            with self._alone():
+                try:
+                    with faults.reworded(model.facts, frozenset(of.shapes)):
+                        arrays = model.worker.numbers(order)
+                finally:  # nobody sees before it how long the worker took
+                    time.sleep(ticks.rest_s(started_s, tick_ms))
                 schema.require(arrays, order.fields)
                 ticket = self._gate.airlock.submit(principal, _ask(request, of, lineage, order, arrays))
             view = self._seen(principal, ticket.id)
@@ -101,6 +107,16 @@ class Exports:
         except BaseException as e:
             self._gate.cancel(hold, e)
             raise
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One request's numbers at a time; whoever finds it taken comes again instead of keeping a connection."""
+        if not self._turn.acquire(timeout=MOST_WAIT_S):
+            raise errors.full("numbers of another request are being checked", MOST_WAIT_S)
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     def submit_raise(self, principal: Principal, request: a.RaiseRequest) -> Released:
         """Asks for larger limits; nothing of it depends on numbers, so it is free.

@@ -22,6 +22,7 @@ from trocar.graph.cost import STORED_BYTES_PER_NUMBER, Cost, Prices
 from trocar.graph.labels import Rules
 from trocar.graph.program import canonical
 from trocar.service import faults
+from trocar.service.ending import Ending
 from trocar.service.jobs import Job, Jobs
 from trocar.service.metrics import METRICS
 from trocar.service.steps import UNSAID
@@ -152,14 +153,15 @@ class Fit:
     artifact: str = field(default_factory=new_artifact)
 
     def work(self, job: Job) -> Released:
+        worker, tick = self.model.worker, self.jobs.tick(job)
+        end = Ending(self.gate, self.hold, tick, worker, self._tenant, (self.artifact,))
         try:
             with faults.reworded(self.model.facts, frozenset(self.ask.of.shapes)):
-                found = self.model.worker.fit(self._order(), self.jobs.watch(job))
+                found = worker.fit(self._order(), self.jobs.watch(job))
             made = self._result(found)
-            self.gate.handles.add((self._handle(),))
-            return self.gate.release(self.hold, lambda press: press.fit(made, self.hold.cost))
+            return end.release(lambda press: press.fit(made, self.hold.cost), (self._handle(),))
         except BaseException as e:
-            self._undo(e)
+            end.undo(e)
             raise
 
     @property
@@ -171,14 +173,6 @@ class Fit:
         sites = tuple(ask.of.shapes)
         name = self.hold.reservation.id
         return FitOrder(name, self._tenant, ask.request, sites, ask.labels, ask.groups, self.artifact)
-
-    def _undo(self, fault: BaseException) -> None:
-        """Nothing was released: the artifact goes, the overhead stays charged."""
-        try:
-            self.gate.cancel(self.hold, fault)
-        finally:
-            self.gate.handles.forget(self._tenant, (self.artifact,))
-            self.model.worker.erase(self._tenant, (self.artifact,))
 
     def _handle(self) -> Handle:
         ask, facts = self.ask, self.model.facts

@@ -1,7 +1,8 @@
 """Jobs: work that outlives the request that started it. States, progress, waiting; results in memory.
 
-A job belongs to one tenant; anybody else's question gets the answer for a job that does not exist. Work runs
-on pools of its kind, for runs and sessions (which wait for the engine) and for fits, so none starves another.
+A job belongs to one tenant, and a narrow credential has only what it made itself; anybody else's question gets the
+answer for a job that does not exist. Work runs on threads of its kind, for runs and sessions (which wait for the
+engine) and for fits, shared by turns between tenants, so none starves another.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Final, Literal, NewType
+from functools import partial
+from typing import Any, Final, Literal, NewType
 
 from trocar import errors
+from trocar.gate.keys import Principal
 from trocar.gate.release import Released
+from trocar.service import ticks
+from trocar.service.turns import Turns
 from trocar.wire import results as r
 
 log = logging.getLogger(__name__)
@@ -37,13 +41,16 @@ class Job:
     """One job; fields change under the table's lock.
 
     Attributes:
+        maker: the credential that asked for it.
         unwanted: stays set once somebody cancelled it.
         tick_ms: it ends at whole multiples of this since its start, and says nothing before; 0 for a job of whom
             time and progress may be known.
+        ticked: whether it waited for that moment.
     """
 
     id: JobId
     tenant: str
+    maker: tuple[str, ...]
     kind: Kind
     total: int
     started_s: float
@@ -56,6 +63,7 @@ class Job:
     unwanted: bool = False
     claim: Claim | None = None
     tick_ms: int = 0
+    ticked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +87,16 @@ class Jobs:
         self._waiting: Counter[str] = Counter()
         self._closing = False
         self._hurry = threading.Event()
-        self._pools = {
-            kind: ThreadPoolExecutor(n, thread_name_prefix=f"trocar-{kind}") for kind, n in WORKERS.items()
-        }
+        self._pools = {kind: Turns(n, f"trocar-{kind}") for kind, n in WORKERS.items()}
 
     def start(
-        self, tenant: str, kind: Kind, total: int, work: Work, claim: Claim | None = None, tick_ms: int = 0
+        self,
+        principal: Principal,
+        kind: Kind,
+        total: int,
+        work: Work,
+        claim: Claim | None = None,
+        tick_ms: int = 0,
     ) -> r.JobView:
         """Queues work, which always runs: a job that nobody wants any more finds out by `require_wanted`.
 
@@ -92,14 +104,18 @@ class Jobs:
             Overloaded: `queue_full` when the tenant has too many unfinished jobs.
             ServerFault: `internal` when the server is stopping.
         """
-        name = JobId(f"job_{secrets.token_hex(16)}")
-        job = Job(name, tenant, kind, total, time.monotonic(), claim=claim, tick_ms=tick_ms)
+        job = self._made(principal, kind, total, claim=claim, tick_ms=tick_ms)
         with self._changed:
-            self.require_room(tenant)
-            self._forget_old(tenant)
+            self.require_room(job.tenant)
+            self._forget_old(job.tenant)
             self._jobs[job.id] = job
-            self._pools[kind].submit(self._run, job, work)
-        return self.view(tenant, job.id)
+            self._pools[kind].submit(job.tenant, partial(self._run, job, work))
+        return self.view(principal, job.id)
+
+    @staticmethod
+    def _made(principal: Principal, kind: Kind, total: int, **known: Any) -> Job:
+        name, started_s = JobId(f"job_{secrets.token_hex(16)}"), time.monotonic()
+        return Job(name, principal.tenant, principal.credential, kind, total, started_s, **known)
 
     def require_room(self, tenant: str) -> None:
         """Refuses what `start` would refuse now, for callers who want to know before they pay."""
@@ -117,40 +133,38 @@ class Jobs:
         oldest = min((j.started_s for j in mine if j.ended_s is None), default=time.monotonic())
         return statistics.fmean(took or [1.0]) - (time.monotonic() - oldest)
 
-    def running(self, tenant: str, claim: Claim | None) -> r.JobView | None:
+    def running(self, principal: Principal, claim: Claim | None) -> r.JobView | None:
         """The unfinished job of the same request: what a client gets who never heard the first answer."""
         with self._changed:
             for job in self._jobs.values():
                 if (
                     claim is not None
-                    and job.tenant == tenant
+                    and principal.owns(job.tenant, job.maker)
                     and job.claim == claim
                     and job.state not in r.FINAL
                 ):
                     return self._view(job)
         return None
 
-    def finished(self, tenant: str, kind: Kind, total: int, released: Released) -> r.JobView:
+    def finished(self, principal: Principal, kind: Kind, total: int, released: Released) -> r.JobView:
         """Enters a job whose answer exists already: a replay."""
-        job = Job(
-            JobId(f"job_{secrets.token_hex(16)}"), tenant, kind, total, time.monotonic(), "COMPLETED", total
-        )
-        job.released, job.ended_s = released, time.monotonic()
+        job = self._made(principal, kind, total, state="COMPLETED", done=total, released=released)
+        job.ended_s = time.monotonic()
         with self._changed:
-            self._forget_old(tenant)
+            self._forget_old(job.tenant)
             self._jobs[job.id] = job
-        return self.view(tenant, job.id)
+        return self.view(principal, job.id)
 
-    def view(self, tenant: str, job_id: str) -> r.JobView:
+    def view(self, principal: Principal, job_id: str) -> r.JobView:
         """State of a job.
 
         Raises:
             NotFound: `job_not_found`, the same for absent, expired and foreign.
         """
         with self._changed:
-            return self._view(self._find(tenant, job_id))
+            return self._view(self._find(principal, job_id))
 
-    def wait(self, tenant: str, job_id: str, timeout_s: float) -> Released | r.JobView:
+    def wait(self, principal: Principal, job_id: str, timeout_s: float) -> Released | r.JobView:
         """The result if the job completes in time, else its state; raises what made it fail.
 
         Raises:
@@ -158,7 +172,7 @@ class Jobs:
             Overloaded: `queue_full` when too many of the tenant's connections wait already.
         """
         with self._changed:
-            job = self._find(tenant, job_id)
+            job, tenant = self._find(principal, job_id), principal.tenant
             if job.state not in r.FINAL and timeout_s > 0:
                 if self._waiting[tenant] >= MAX_WAITING_PER_TENANT:
                     raise errors.full(f"{MAX_WAITING_PER_TENANT} of your connections wait for a result", 1.0)
@@ -171,14 +185,22 @@ class Jobs:
                 raise job.error
             return job.released if job.released is not None else self._view(job)
 
-    def cancel(self, tenant: str, job_id: str) -> r.JobView:
+    def cancel(self, principal: Principal, job_id: str) -> r.JobView:
         """Asks a job to stop; one that still waits for its turn ends as soon as that comes."""
         with self._changed:
-            job = self._find(tenant, job_id)
+            job = self._find(principal, job_id)
+        self._stop(job)
+        return self.view(principal, job_id)
+
+    def _stop(self, job: Job) -> None:
+        with self._changed:
             job.unwanted, stop = True, job.stop
         if stop is not None:
             stop()
-        return self.view(tenant, job_id)
+
+    def tick(self, job: Job) -> Callable[[], None]:
+        """Waits for the moment at which it may be known that a job has ended."""
+        return partial(self._to_tick, job)
 
     def watch(self, job: Job, before: int = 0) -> JobWatch:
         """For whoever does a job's work; `before` parts of it were done earlier."""
@@ -213,7 +235,7 @@ class Jobs:
             self._hurry.set()
             unfinished = [j for j in self._jobs.values() if j.state not in r.FINAL]
         for job in unfinished:
-            self.cancel(job.tenant, job.id)
+            self._stop(job)
         for pool in self._pools.values():
             pool.shutdown()
 
@@ -239,9 +261,9 @@ class Jobs:
 
     def _to_tick(self, job: Job) -> None:
         """Waits for the job's next tick, so that its end tells no more of how long it took; a stop does not wait."""
-        if job.tick_ms:
-            tick_s = job.tick_ms / 1000
-            self._hurry.wait(tick_s - (time.monotonic() - job.started_s) % tick_s)
+        if job.tick_ms and not job.ticked:
+            job.ticked = True
+            self._hurry.wait(ticks.rest_s(job.started_s, job.tick_ms))
 
     def _move(self, job: Job, state: r.JobState) -> None:
         with self._changed:
@@ -261,9 +283,9 @@ class Jobs:
             job.stop = None
             self._changed.notify_all()
 
-    def _find(self, tenant: str, job_id: str) -> Job:
+    def _find(self, principal: Principal, job_id: str) -> Job:
         job = self._jobs.get(JobId(job_id))
-        if job is None or job.tenant != tenant:
+        if job is None or not principal.owns(job.tenant, job.maker):
             raise errors.refuse("job_not_found", "job", f"there is no job {job_id[:80]!r}")
         return job
 
@@ -292,7 +314,8 @@ class Jobs:
 
     def _ahead(self, job: Job) -> int:
         waiting = (j for j in self._jobs.values() if j.kind == job.kind and j.state == "QUEUED")
-        return sum(1 for j in waiting if j.started_s < job.started_s)
+        mine = sum(1 for j in waiting if j.tenant == job.tenant and j.started_s < job.started_s)
+        return self._pools[job.kind].ahead(job.tenant, mine)
 
     def _forget_old(self, tenant: str) -> None:
         """Drops results that are old, and the oldest of a tenant who has too many: they are in memory."""

@@ -1,4 +1,4 @@
-"""The run use case: reserve, run in the shared batch, enter what was captured, release what leaves."""
+"""The run use case: reserve, run in the shared batch, release what leaves together with what was captured."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from trocar.gate.gate import Gate, Hold
 from trocar.gate.release import Released
+from trocar.service.ending import Ending
 from trocar.service.jobs import Job, Jobs
 from trocar.service.steps import Request
 from trocar.service.worker import Model
@@ -22,18 +23,11 @@ class Run:
     hold: Hold
 
     def work(self, job: Job) -> Released:
+        request, tick = self.request, self.jobs.tick(job)
+        end = Ending(self.gate, self.hold, tick, self.model.worker, request.tenant, request.ids)
         try:
-            ran = self.request.run(self.jobs.watch(job), {})
-            self.gate.handles.add(ran.captured)
-            return self.gate.release(self.hold, lambda press: press.run(ran.step, self.hold.cost))
+            ran = request.run(self.jobs.watch(job), {})
+            return end.release(lambda press: press.run(ran.step, self.hold.cost), ran.captured)
         except BaseException as e:
-            self._undo(e)
+            end.undo(e)
             raise
-
-    def _undo(self, fault: BaseException) -> None:
-        """Nothing was released: the rows go, the overhead stays charged."""
-        try:
-            self.gate.cancel(self.hold, fault)
-        finally:
-            self.gate.handles.forget(self.request.tenant, self.request.ids)
-            self.model.worker.erase(self.request.tenant, self.request.ids)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, Protocol, get_args
 
 from trocar import __version__, errors
-from trocar.gate import release
+from trocar.gate import chain, release
 from trocar.gate.gate import Gate, Hold
 from trocar.gate.handles import ACTIVATIONS
 from trocar.gate.keys import Principal
@@ -30,6 +30,7 @@ from trocar.service.pace import Pace
 from trocar.service.prepare import Prepared, Vectors, digest, prepare
 from trocar.service.runs import Run
 from trocar.service.sessions import Session, prepare_session, session_cost
+from trocar.service.shelf import Shelf
 from trocar.service.steps import Request
 from trocar.service.views import handle_view, plan_view, tier_view
 from trocar.service.worker import Model
@@ -92,6 +93,7 @@ class Service:
         self.exports = Exports(gate, self._models)
         self._rooms = rooms
         self._jobs = Jobs()
+        self._shelf = Shelf(gate, self._models)
         self._pace = Pace()
         for model in models:
             gate.declare(model.facts)
@@ -163,8 +165,13 @@ class Service:
 
     def plan(self, principal: Principal, request: q.RunRequest, vectors: Vectors) -> Released:
         """What the program would do and cost; nothing runs, nothing is spent."""
+        self.gate.require(principal, Power.run)
         model = self._model(request.model)
         prepared = self._prepare(principal, request, vectors, model)
+        use = uses.of_run(prepared, model.facts)
+        principal.scope.require(
+            model=model.facts.name, ops=use.ops, sites=use.sites, bits=0, now_ms=chain.now_ms()
+        )
         budget = self.gate.budget(principal, model.facts)
         return release.public(plan_view(prepared, budget))
 
@@ -266,7 +273,7 @@ class Service:
         self.gate.require_allowed(principal, model.facts, ask.cost, ask.use)
         key = ask.idempotency_key
         claim = None if key is None else Claim(principal.key_id, key, ask.digest)
-        running = self._jobs.running(principal.tenant, claim)
+        running = self._jobs.running(principal, claim)
         if running is not None:
             return release.public(running, 202)
         self._jobs.require_room(principal.tenant)
@@ -274,10 +281,10 @@ class Service:
             principal, model.facts, model.text, ask.cost, ask.digest, key, ask.use, ask.request_id
         )
         if isinstance(hold, Released):
-            return release.public(self._jobs.finished(principal.tenant, ask.kind, ask.total, hold))
+            return release.public(self._jobs.finished(principal, ask.kind, ask.total, hold))
         try:
             tick_ms = self.gate.policy.terms(principal.tier).tick_ms
-            view = self._jobs.start(principal.tenant, ask.kind, ask.total, work(hold), claim, tick_ms)
+            view = self._jobs.start(principal, ask.kind, ask.total, work(hold), claim, tick_ms)
         except errors.TrocarError as e:
             self.gate.cancel(hold, e)
             raise
@@ -286,7 +293,8 @@ class Service:
     # ---- jobs and handles ----
 
     def job(self, principal: Principal, job_id: str) -> Released:
-        return release.public(self._jobs.view(principal.tenant, job_id))
+        self.gate.require(principal, Power.run)
+        return release.public(self._jobs.view(principal, job_id))
 
     def job_result(self, principal: Principal, job_id: str, wait_s: float) -> Released:
         """The released bytes, or the job's state with status 202 while it runs.
@@ -296,26 +304,22 @@ class Service:
         """
         if not 0.0 <= wait_s <= MAX_WAIT_S:
             raise errors.refuse("bad_value", "wait_s", f"{wait_s} is not in 0 to {MAX_WAIT_S:g} seconds")
-        found = self._jobs.wait(principal.tenant, job_id, wait_s)
+        self.gate.require(principal, Power.run)
+        found = self._jobs.wait(principal, job_id, wait_s)
         return found if isinstance(found, Released) else release.public(found, 202)
 
     def cancel(self, principal: Principal, job_id: str) -> Released:
-        return release.public(self._jobs.cancel(principal.tenant, job_id))
+        self.gate.require(principal, Power.run)
+        return release.public(self._jobs.cancel(principal, job_id))
 
     def handles(self, principal: Principal) -> Released:
-        """The caller's activations and artifacts."""
-        found = tuple(handle_view(handle) for handle in self.gate.handles.list(principal.tenant))
-        return release.public(r.HandlesView(handles=found, stored_bytes=sum(view.bytes for view in found)))
+        return release.public(self._shelf.list(principal))
 
     def handle(self, principal: Principal, handle: str) -> Released:
-        return release.public(handle_view(self.gate.handles.find(principal.tenant, handle)))
+        return release.public(handle_view(self._shelf.find(principal, handle)))
 
     def erase(self, principal: Principal, handle: str) -> Released:
-        held = self.gate.handles.find(principal.tenant, handle)
-        self.gate.handles.delete(principal.tenant, handle)
-        if held.model in self._models:
-            self._models[held.model].worker.erase(principal.tenant, (handle,))
-        return release.public(r.ErasedView(handle=handle, erased=True))
+        return release.public(self._shelf.erase(principal, handle))
 
     def account(self, principal: Principal) -> Released:
         """The caller's own budgets and ledger entries."""
@@ -353,6 +357,7 @@ class Service:
         """Stops engines and jobs, then closes stores and ledger."""
         self.halt()
         self._jobs.close()
+        self._shelf.close()
         for model in self._models.values():
             model.worker.close()
         for room in self._rooms:

@@ -14,7 +14,6 @@ from typing import Final
 
 from trocar import errors
 from trocar.engine.protocol import F32
-from trocar.gate import release
 from trocar.gate.gate import Gate, Hold
 from trocar.gate.handles import Handles
 from trocar.gate.release import Released
@@ -22,9 +21,10 @@ from trocar.graph import check, ops
 from trocar.graph.cost import Cost, Prices
 from trocar.graph.facts import HandleFacts
 from trocar.graph.program import Node
+from trocar.service.ending import Ending
 from trocar.service.jobs import Job, Jobs
 from trocar.service.prepare import Prepared, Vectors, prepare
-from trocar.service.steps import Request
+from trocar.service.steps import Ran, Request
 from trocar.service.worker import Model
 from trocar.wire.requests import RunRequest, SessionRequest
 
@@ -185,36 +185,25 @@ class Session:
     hold: Hold
 
     def work(self, job: Job) -> Released:
+        ids = tuple(handle for request in self.requests for handle in request.ids)
+        end = Ending(self.gate, self.hold, self.jobs.tick(job), self.model.worker, self.tenant, ids)
         try:
-            steps = self._run(job)
+            ran = self._run(job)
             if not self.keep:  # before the release: what follows it cannot be undone
-                self._erase()
-            cost, keep = self.hold.cost, self.keep
-            return self.gate.release(self.hold, lambda press: press.session(steps, cost, keep=keep))
+                end.erase()
+            steps, cost, keep = [each.step for each in ran], self.hold.cost, self.keep
+            made = [handle for each in ran for handle in each.captured] if keep else []
+            return end.release(lambda press: press.session(steps, cost, keep=keep), made)
         except BaseException as e:
-            self._undo(e)
+            end.undo(e)
             raise
 
-    def _run(self, job: Job) -> list[release.Step]:
+    def _run(self, job: Job) -> list[Ran]:
+        """Every step; what one captured is nobody's handle before the whole session is charged."""
         made: dict[str, str] = {}
-        steps, before = list[release.Step](), 0
+        ran, before = list[Ran](), 0
         for i, request in enumerate(self.requests):
-            ran = request.run(self.jobs.watch(job, before), made, begun=before > 0)
-            if self.keep:
-                self.gate.handles.add(ran.captured)
-            steps.append(ran.step)
+            ran.append(request.run(self.jobs.watch(job, before), made, begun=before > 0))
             made |= {f"step{i}.{name}": handle for name, handle in request.handles[0].items()}
             before += request.prepared.sequences
-        return steps
-
-    def _undo(self, fault: BaseException) -> None:
-        """Nothing was released: the rows go, the overhead stays charged."""
-        try:
-            self.gate.cancel(self.hold, fault)
-        finally:
-            self._erase()
-
-    def _erase(self) -> None:
-        made = tuple(handle for request in self.requests for handle in request.ids)
-        self.gate.handles.forget(self.tenant, made)
-        self.model.worker.erase(self.tenant, made)
+        return ran

@@ -209,7 +209,10 @@ def test_case_37_nor_is_a_job_of_the_key_found_that_still_runs(
     try:
         heard = caller(fresh, give(words(ops={"logprobs"}))).post("/v1/runs", READS, idempotency_key="once")
         assert (heard.status, heard.refusal["code"]) == (403, "out_of_scope")
-        assert caller(fresh, give()).post("/v1/runs", READS, idempotency_key="once").json["job"] == job
+        heard = caller(fresh, give()).post("/v1/runs", READS, idempotency_key="once")
+        assert heard.json.get("job") != job
+        assert caller(fresh, give()).get(f"/v1/jobs/{job}").status == 404
+        assert bob.post("/v1/runs", READS, idempotency_key="once").json["job"] == job
     finally:
         go.set()
     assert bob.result(job).status == 200
@@ -321,3 +324,43 @@ def test_a_server_without_a_place_for_its_secret_signs_none(fresh: Any, bob: Cal
     fresh.service.gate._token_root = None
     heard = bob.post("/v1/tokens", {})
     assert (heard.status, heard.refusal["code"]) == (403, "not_allowed")
+
+
+def test_a_token_ends_only_what_it_made(fresh: Any, bob: Caller, give: Give) -> None:
+    """It may read what its person's key captured, within its scope, and end what it made or had made."""
+    text = give()
+    mine, child, other = (caller(fresh, t) for t in (text, attenuate(text, words(models={"tiny"})), give()))
+    kept = bob.run(READS).json["outputs"]["kept"]["handle"]
+    made = child.run(READS).json["outputs"]["kept"]["handle"]
+    assert {h["handle"] for h in other.get("/v1/handles").json["handles"]} == {kept, made}
+    for who, handle in ((mine, kept), (child, kept), (other, made)):
+        heard = who.delete(f"/v1/handles/{handle}")
+        assert (heard.status, heard.refusal["code"], heard.refusal["path"]) == (403, "out_of_scope", "handle")
+    assert mine.delete(f"/v1/handles/{made}").status == 200
+    assert bob.delete(f"/v1/handles/{kept}").status == 200
+
+
+def test_a_scope_covers_handles_and_plans(fresh: Any, bob: Caller, give: Give) -> None:
+    handle = bob.run(READS).json["outputs"]["kept"]["handle"]
+    for scope in (words(models={"other"}), words(sites={"resid_post.2", "z"})):
+        narrow = caller(fresh, give(scope))
+        assert narrow.get("/v1/handles").json["handles"] == []
+        for heard in (narrow.get(f"/v1/handles/{handle}"), narrow.delete(f"/v1/handles/{handle}"),
+                      narrow.post("/v1/plan", READS)):  # fmt: skip
+            assert (heard.status, heard.refusal["code"]) == (403, "out_of_scope")
+    wide = caller(fresh, give(words(models={"tiny"}, sites={"resid_post"})))
+    assert wide.get(f"/v1/handles/{handle}").json["rows"] == 2
+    assert wide.post("/v1/plan", READS).status == 200
+
+
+@pytest.mark.parametrize("role", [Role.auditor, Role.checker])
+def test_who_runs_nothing_has_no_business_with_handles_and_jobs(fresh: Any, bob: Caller, role: Role) -> None:
+    gate = fresh.service.gate
+    looker = caller(fresh, gate.keys.create("bob", Tier.open, role).secret)
+    job = bob.post("/v1/runs", READS).json["job"]
+    handle = bob.result(job).json["outputs"]["kept"]["handle"]
+    verbs = [looker.get, looker.delete]
+    asked = [verb(path) for verb in verbs for path in (f"/v1/handles/{handle}", f"/v1/jobs/{job}")]
+    asked += [looker.get("/v1/handles"), looker.get(f"/v1/jobs/{job}/result"), looker.post("/v1/plan", READS)]
+    assert {(heard.status, heard.refusal["code"]) for heard in asked} == {(403, "not_allowed")}
+    assert bob.get(f"/v1/handles/{handle}").status == 200

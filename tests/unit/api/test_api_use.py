@@ -334,7 +334,7 @@ def test_a_key_that_is_revoked_while_its_job_runs_gets_nothing(server: Any) -> N
         from trocar.errors import TrocarError
 
         with pytest.raises(TrocarError) as caught:
-            done.wait("mallory", job, 20)
+            done.wait(key.principal, job, 20)
     assert caught.value.code == "bad_key"
     assert mallory.get(f"/v1/jobs/{job}").refusal["code"] == "bad_key"
     entries = gate.ledger.latest(key.principal.key_id, 10)

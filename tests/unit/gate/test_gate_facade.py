@@ -20,6 +20,7 @@ from trocar.gate.use import Use
 from trocar.sites import parse
 
 LIFE, DAY = SECRET_BITS // 1_000, SECRET_BITS // 4_000  # of an external key, and of all keys together
+UNWANTED = errors.refuse("cancelled", "", "the job was cancelled")
 RUNS = (Role.owner, Role.operator, Role.researcher, Role.agent)
 
 
@@ -56,7 +57,7 @@ def test_secret_weights_are_capped_and_open_ones_are_counted(gate: Gate) -> None
 
 def test_a_request_is_paid_by_key_project_and_every_part_of_its_scope(gate: Gate) -> None:
     who = key(gate, project="physics", scope=Scope(most_bits=2000))
-    gate.cancel(hold(gate, who, 1500))
+    gate.cancel(hold(gate, who, 1500), UNWANTED)
     charged = {a.owner: (a.charged_bits, a.limit_bits) for a in gate.ledger.balances() if a.charged_bits}
     assert charged == {
         f"key:{who.key_id}": (256, LIFE),
@@ -194,8 +195,8 @@ def test_a_scope_holds_before_a_replay(gate: Gate, tmp_path: Path, part: str) ->
 def test_directions_of_secret_weights_are_counted_once_each(gate: Gate) -> None:
     who = key(gate)  # 10 % of 1000
     use = Use(directions=(direction("a", 60), direction("b", 40)))
-    gate.cancel(hold(gate, who, use=use))
-    gate.cancel(hold(gate, who, use=use, body="again"))
+    gate.cancel(hold(gate, who, use=use), UNWANTED)
+    gate.cancel(hold(gate, who, use=use, body="again"), UNWANTED)
     refusal = refused("rank_exhausted", lambda: ask(gate, who, use=Use(directions=(direction("c"),))))
     assert refusal.path == "resid_post.1"
     assert isinstance(ask(gate, who, use=Use(directions=(direction("c", site="resid_post.2"),))), Hold)
@@ -203,7 +204,7 @@ def test_directions_of_secret_weights_are_counted_once_each(gate: Gate) -> None:
 
 def test_all_keys_together_have_half_of_a_site(gate: Gate) -> None:
     for i, tier in enumerate((Tier.trusted, Tier.trusted)):
-        gate.cancel(hold(gate, key(gate, tier), use=Use(directions=(direction(f"{i}", 250),))))
+        gate.cancel(hold(gate, key(gate, tier), use=Use(directions=(direction(f"{i}", 250),))), UNWANTED)
     refused("rank_exhausted", lambda: ask(gate, key(gate), use=Use(directions=(direction("more"),))))
 
 
@@ -216,7 +217,7 @@ def test_of_open_weights_nothing_is_counted(gate: Gate) -> None:
 
 
 def test_of_one_map_one_side_leaves_whoever_asks(gate: Gate) -> None:
-    gate.cancel(hold(gate, key(gate), use=Use(exported=((parse("z.3"), False),))))
+    gate.cancel(hold(gate, key(gate), use=Use(exported=((parse("z.3"), False),))), UNWANTED)
     other = key(gate)
     refusal = refused("policy", lambda: ask(gate, other, use=Use(exported=((parse("attn_out.3"), False),))))
     assert refusal.path == "z>attn_out.3"
@@ -224,7 +225,7 @@ def test_of_one_map_one_side_leaves_whoever_asks(gate: Gate) -> None:
 
 
 def test_rows_of_the_first_position_are_the_side_of_more_maps(gate: Gate) -> None:
-    gate.cancel(hold(gate, key(gate), use=Use(exported=((parse("attn_in.3"), True),))))
+    gate.cancel(hold(gate, key(gate), use=Use(exported=((parse("attn_in.3"), True),))), UNWANTED)
     later = Use(exported=((parse("attn_out.3"), False),))
     first = Use(exported=((parse("attn_out.3"), True),))
     assert refused("policy", lambda: ask(gate, key(gate), use=first)).path == "attn_in>attn_out.3@0"
@@ -256,7 +257,7 @@ def test_release_charges_what_was_sent_and_refunds_the_rest(gate: Gate) -> None:
 
 def test_cancel_keeps_the_overhead(gate: Gate) -> None:
     who = key(gate)
-    gate.cancel(hold(gate, who))
+    gate.cancel(hold(gate, who), UNWANTED)
     view = gate.budget(who, FACTS)
     assert (view.spent_bits, view.left_bits) == (256, DAY - 256)
 
@@ -268,8 +269,8 @@ def test_what_may_not_leave_leaves_the_hold_open(gate: Gate) -> None:
     small = hold(gate, who, 260, body="small")  # cheaper than what it would release
     refused("bad_bits", lambda: gate.release(small, presses(1, 2, prices=small.prices)))
     assert gate.budget(who, FACTS).spent_bits == 0
-    gate.cancel(held)
-    gate.cancel(small)
+    gate.cancel(held, UNWANTED)
+    gate.cancel(small, UNWANTED)
     assert gate.budget(who, FACTS).spent_bits == 512
 
 
@@ -278,7 +279,7 @@ def test_a_hold_ends_once(gate: Gate) -> None:
     press = presses(1, 2, prices=held.prices)
     gate.release(held, press)
     refused("reservation_closed", lambda: gate.release(held, press))
-    refused("reservation_closed", lambda: gate.cancel(held))
+    refused("reservation_closed", lambda: gate.cancel(held, UNWANTED))
 
 
 def test_the_same_request_again_is_the_same_bytes_for_nothing(gate: Gate) -> None:
@@ -302,7 +303,7 @@ def test_a_frozen_lineage_admits_nothing(gate: Gate) -> None:
     assert "a leak is looked at" in refusal.reason
     refused("lineage_frozen", lambda: gate.release(held, presses(1, 2, prices=held.prices)))
     assert isinstance(ask(gate, key(gate), facts=OPEN), Hold)
-    gate.cancel(held)
+    gate.cancel(held, UNWANTED)
 
 
 def test_a_key_revoked_meanwhile_gets_nothing(gate: Gate) -> None:
@@ -311,12 +312,12 @@ def test_a_key_revoked_meanwhile_gets_nothing(gate: Gate) -> None:
     gate.keys.revoke(who.key_id)
     with pytest.raises(errors.AuthError):
         gate.release(held, presses(1, 2, prices=held.prices))
-    gate.cancel(held)
+    gate.cancel(held, UNWANTED)
 
 
 def test_the_request_id_is_in_the_log(gate: Gate) -> None:
     who = key(gate)
-    gate.cancel(hold(gate, who, request_id="req_1"))
+    gate.cancel(hold(gate, who, request_id="req_1"), UNWANTED)
     assert [e.kind for e in gate.ledger.entries(request_id="req_1")] == ["admitted", "cancelled"]
 
 

@@ -106,7 +106,7 @@ def test_closing_gives_back_what_waits(serve: Callable[..., Any], tiny: Any, tmp
     server.service.close()
     assert time.monotonic() - started < 15
     assert closed == [0]
-    states = {server.service._jobs.view("alice", j).state for j in jobs}
+    states = {server.service._jobs.view(server.principals["alice"], j).state for j in jobs}
     assert states <= {"CANCELLED", "FAILED", "COMPLETED"}
     assert ledger is not None
 
@@ -153,7 +153,7 @@ def test_a_cancelled_fit_stops_between_sites(fresh: Any, monkeypatch: pytest.Mon
     plain = local._load
 
     def cancelling(reader: Any, watch: Any, index: int, site: str) -> Any:
-        fresh.service._jobs.cancel("alice", watch.job.id)
+        fresh.service._jobs.cancel(fresh.principals["alice"], watch.job.id)
         return plain(reader, watch, index, site)
 
     monkeypatch.setattr(local, "_load", cancelling)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -12,12 +13,25 @@ import pytest
 from trocar import errors
 from trocar.errors import NotFound, Overloaded, RunFailed, ServerFault
 from trocar.gate import release
+from trocar.gate.keys import KeyId, Principal, TenantId
+from trocar.gate.policy import Role, Tier
+from trocar.gate.scopes import EVERYTHING, Scope
 from trocar.service import jobs as room
 from trocar.service.jobs import Job, Jobs
 from trocar.wire import about
 from trocar.wire import results as r
 
 WAIT_S = 10.0
+
+
+def person(tenant: str, tokens: tuple[str, ...] = (), scope: Scope = EVERYTHING) -> Principal:
+    key = KeyId(f"key-of-{tenant}")
+    return Principal(
+        key, TenantId(tenant), Tier.open, Role.researcher, tenant, tenant, scope, (), token_ids=tokens
+    )
+
+
+A, B, LAB = person("a"), person("b"), person("lab")
 
 
 @pytest.fixture
@@ -37,10 +51,10 @@ def test_a_job_is_done(jobs: Jobs) -> None:
         jobs.progress(job, 2)
         return answer()
 
-    view = jobs.start("a", "run", 3, work)
-    found = jobs.wait("a", view.job, WAIT_S)
+    view = jobs.start(A, "run", 3, work)
+    found = jobs.wait(A, view.job, WAIT_S)
     assert isinstance(found, release.Released)
-    assert (jobs.view("a", view.job).state, jobs.view("a", view.job).done) == ("COMPLETED", 2)
+    assert (jobs.view(A, view.job).state, jobs.view(A, view.job).done) == ("COMPLETED", 2)
 
 
 @pytest.mark.parametrize(
@@ -50,32 +64,79 @@ def test_a_job_that_fails(jobs: Jobs, error: Exception) -> None:
     def work(_job: Job) -> Any:
         raise error
 
-    view = jobs.start("a", "run", 1, work)
+    view = jobs.start(A, "run", 1, work)
     with pytest.raises(errors.TrocarError) as caught:
-        jobs.wait("a", view.job, WAIT_S)
+        jobs.wait(A, view.job, WAIT_S)
     assert caught.value.code == ("disk_full" if isinstance(error, errors.TrocarError) else "internal")
     assert "secret" not in str(caught.value)
-    state = jobs.view("a", view.job)
+    state = jobs.view(A, view.job)
     assert (state.state, state.refusals[0].code) == ("FAILED", caught.value.code)
 
 
 def test_a_job_belongs_to_its_tenant(jobs: Jobs) -> None:
-    view = jobs.start("a", "run", 1, lambda _: answer())
+    view = jobs.start(A, "run", 1, lambda _: answer())
     for verb in (jobs.view, jobs.cancel, lambda t, j: jobs.wait(t, j, 0)):
         with pytest.raises(NotFound) as foreign:
-            verb("b", view.job)
+            verb(B, view.job)
         assert foreign.value.code == "job_not_found"
+
+
+def test_a_narrow_credential_has_what_it_asked_for(jobs: Jobs) -> None:
+    """A key has every job of its tenant; a token, or a key with a scope, its own and those of tokens made from it."""
+    mine, child, other = (person("a", tokens) for tokens in (("t",), ("t", "u"), ("v",)))
+    scoped = person("a", scope=Scope(models=frozenset({"m"})))
+    asked = {name: jobs.start(who, "run", 1, lambda _: answer()).job
+             for name, who in (("key", A), ("token", mine), ("child", child))}  # fmt: skip
+    sees: dict[str, set[str]] = {}
+    for name, who in (("key", A), ("token", mine), ("child", child), ("other", other), ("scoped", scoped)):
+        for job, job_id in asked.items():
+            with suppress(NotFound):
+                jobs.view(who, job_id)
+                jobs.cancel(who, job_id)
+                jobs.wait(who, job_id, WAIT_S)
+                sees.setdefault(name, set()).add(job)
+    assert sees == {
+        "key": {"key", "token", "child"},
+        "token": {"token", "child"},
+        "child": {"child"},
+        "scoped": {"key", "token", "child"},  # all of them were asked for with this key
+    }
+
+
+def test_tenants_take_turns(jobs: Jobs) -> None:
+    """Whoever starts many jobs of one kind keeps a neighbour waiting for one of them at most."""
+    go, done = threading.Event(), list[str]()
+
+    def work(name: str) -> Any:
+        def run(_job: Job) -> Any:
+            assert go.wait(WAIT_S)
+            done.append(name)
+            return answer()
+
+        return run
+
+    views = [jobs.start(A, "fit", 1, work("a0"))]
+    while jobs.view(A, views[0].job).state != "RUNNING":
+        time.sleep(0.005)
+    views += [jobs.start(A, "fit", 1, work(f"a{i}")) for i in range(1, 5)]
+    late = jobs.start(B, "fit", 1, work("b"))
+    later = jobs.start(A, "fit", 1, work("a5"))
+    assert (jobs.view(B, late.job).ahead, jobs.view(A, later.job).ahead) == (1, 5)
+    go.set()
+    for view in (*views, later):
+        jobs.wait(A, view.job, WAIT_S)
+    assert done == ["a0", "a1", "b", "a2", "a3", "a4", "a5"]
 
 
 def test_waiting_ends_after_its_time(jobs: Jobs) -> None:
     go = threading.Event()
-    view = jobs.start("a", "run", 1, lambda _: (go.wait(WAIT_S), answer())[1])
+    view = jobs.start(A, "run", 1, lambda _: (go.wait(WAIT_S), answer())[1])
     started = time.monotonic()
-    found = jobs.wait("a", view.job, 0.1)
+    found = jobs.wait(A, view.job, 0.1)
     assert isinstance(found, r.JobView)
     assert time.monotonic() - started < 2
     go.set()
-    assert isinstance(jobs.wait("a", view.job, WAIT_S), release.Released)
+    assert isinstance(jobs.wait(A, view.job, WAIT_S), release.Released)
 
 
 def test_a_cancelled_job_finds_out_wherever_it_is(jobs: Jobs) -> None:
@@ -88,20 +149,20 @@ def test_a_cancelled_job_finds_out_wherever_it_is(jobs: Jobs) -> None:
         jobs.stoppable(job, lambda: stopped.append(job.id))
         return answer()
 
-    first = jobs.start("a", "fit", 1, block)
-    queued = jobs.start("a", "fit", 1, block)
-    while jobs.view("a", first.job).state != "RUNNING":
+    first = jobs.start(A, "fit", 1, block)
+    queued = jobs.start(A, "fit", 1, block)
+    while jobs.view(A, first.job).state != "RUNNING":
         time.sleep(0.005)
-    assert jobs.view("a", queued.job).state == "QUEUED"
-    assert jobs.view("a", queued.job).ahead == 0
-    jobs.cancel("a", queued.job)
-    jobs.cancel("a", first.job)
+    assert jobs.view(A, queued.job).state == "QUEUED"
+    assert jobs.view(A, queued.job).ahead == 0
+    jobs.cancel(A, queued.job)
+    jobs.cancel(A, first.job)
     go.set()
     for view in (first, queued):
         with pytest.raises(RunFailed) as caught:
-            jobs.wait("a", view.job, WAIT_S)
+            jobs.wait(A, view.job, WAIT_S)
         assert caught.value.code == "cancelled"
-        assert jobs.view("a", view.job).state == "CANCELLED"
+        assert jobs.view(A, view.job).state == "CANCELLED"
 
     ready, hold = threading.Event(), threading.Event()
 
@@ -111,11 +172,11 @@ def test_a_cancelled_job_finds_out_wherever_it_is(jobs: Jobs) -> None:
         assert hold.wait(WAIT_S)
         raise errors.refuse("cancelled", "", "stopped")
 
-    view = jobs.start("a", "run", 1, running)
+    view = jobs.start(A, "run", 1, running)
     ready.wait(WAIT_S)
-    jobs.cancel("a", view.job)
+    jobs.cancel(A, view.job)
     with pytest.raises(RunFailed):
-        jobs.wait("a", view.job, WAIT_S)
+        jobs.wait(A, view.job, WAIT_S)
 
 
 def test_stop_is_called_when_the_cancelling_came_first(jobs: Jobs) -> None:
@@ -126,41 +187,41 @@ def test_stop_is_called_when_the_cancelling_came_first(jobs: Jobs) -> None:
         jobs.stoppable(job, lambda: stopped.append(True))
         return answer()
 
-    view = jobs.start("a", "run", 1, late)
-    jobs.cancel("a", view.job)
+    view = jobs.start(A, "run", 1, late)
+    jobs.cancel(A, view.job)
     go.set()
-    jobs.wait("a", view.job, WAIT_S)
+    jobs.wait(A, view.job, WAIT_S)
     assert stopped == [True]
 
 
 def test_unfinished_jobs_are_counted_per_tenant(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "MAX_UNFINISHED_PER_TENANT", 2)
     go = threading.Event()
-    views = [jobs.start("a", "run", 1, lambda _: (go.wait(WAIT_S), answer())[1]) for _ in range(2)]
-    for refused in (lambda: jobs.start("a", "run", 1, lambda _: answer()), lambda: jobs.require_room("a")):
+    views = [jobs.start(A, "run", 1, lambda _: (go.wait(WAIT_S), answer())[1]) for _ in range(2)]
+    for refused in (lambda: jobs.start(A, "run", 1, lambda _: answer()), lambda: jobs.require_room("a")):
         with pytest.raises(Overloaded) as caught:
             refused()
         assert caught.value.code == "queue_full"
     jobs.require_room("b")
     go.set()
     for view in views:
-        jobs.wait("a", view.job, WAIT_S)
+        jobs.wait(A, view.job, WAIT_S)
     jobs.require_room("a")
 
 
 def test_old_and_many_results_are_forgotten(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "MAX_FINISHED_PER_TENANT", 3)
-    mine = [jobs.finished("a", "run", 1, answer()).job for _ in range(5)]
-    other = jobs.finished("b", "run", 1, answer()).job
-    jobs.finished("a", "run", 1, answer())
+    mine = [jobs.finished(A, "run", 1, answer()).job for _ in range(5)]
+    other = jobs.finished(B, "run", 1, answer()).job
+    jobs.finished(A, "run", 1, answer())
     with pytest.raises(NotFound):
-        jobs.view("a", mine[0])
-    assert jobs.view("a", mine[-1]).state == "COMPLETED"
-    assert jobs.view("b", other).state == "COMPLETED"
+        jobs.view(A, mine[0])
+    assert jobs.view(A, mine[-1]).state == "COMPLETED"
+    assert jobs.view(B, other).state == "COMPLETED"
     monkeypatch.setattr(room, "KEEP_S", -1.0)
-    jobs.finished("a", "run", 1, answer())
+    jobs.finished(A, "run", 1, answer())
     with pytest.raises(NotFound):
-        jobs.view("b", other)
+        jobs.view(B, other)
 
 
 def test_closing_runs_what_waits_so_that_it_can_give_back(jobs: Jobs) -> None:
@@ -174,12 +235,12 @@ def test_closing_runs_what_waits_so_that_it_can_give_back(jobs: Jobs) -> None:
         finally:
             gave_back.append(job.id)
 
-    views = [jobs.start("a", "fit", 1, work) for _ in range(4)]
+    views = [jobs.start(A, "fit", 1, work) for _ in range(4)]
     jobs.close()
     assert sorted(gave_back) == sorted(v.job for v in views)
-    assert {jobs.view("a", v.job).state for v in views} <= {"CANCELLED", "COMPLETED"}
+    assert {jobs.view(A, v.job).state for v in views} <= {"CANCELLED", "COMPLETED"}
     with pytest.raises(ServerFault):
-        jobs.start("a", "run", 1, work)
+        jobs.start(A, "run", 1, work)
 
 
 def test_a_job_with_a_tick_ends_on_it_and_tells_nothing_before(jobs: Jobs) -> None:
@@ -188,21 +249,21 @@ def test_a_job_with_a_tick_ends_on_it_and_tells_nothing_before(jobs: Jobs) -> No
 
     def work(job: Any) -> Any:
         jobs.progress(job, 2)
-        seen.append(jobs.view("lab", job.id))
+        seen.append(jobs.view(LAB, job.id))
         go.wait(WAIT_S)
         return answer()
 
     started = time.monotonic()
-    view = jobs.start("lab", "run", 3, work, tick_ms=200)
+    view = jobs.start(LAB, "run", 3, work, tick_ms=200)
     assert (view.state, view.done, view.ahead) == ("RUNNING", 0, 0)
     time.sleep(0.25)
     go.set()
-    while not isinstance(found := jobs.wait("lab", view.job, WAIT_S), release.Released):
+    while not isinstance(found := jobs.wait(LAB, view.job, WAIT_S), release.Released):
         assert (found.state, found.done) == ("RUNNING", 0)
     took = time.monotonic() - started
     assert took >= 0.4
     assert (seen[0].state, seen[0].done, seen[0].elapsed_s) == ("RUNNING", 0, 0.0)
-    ended = jobs.view("lab", view.job)
+    ended = jobs.view(LAB, view.job)
     assert (ended.state, ended.done, ended.total) == ("COMPLETED", 3, 3)
     assert ended.elapsed_s == pytest.approx(0.4)
 
@@ -213,11 +274,11 @@ def test_a_job_that_fails_ends_on_its_tick_too(jobs: Jobs, code: str | None) -> 
         raise errors.refuse(code, "", "no") if code else ValueError("no")
 
     started = time.monotonic()
-    view = jobs.start("lab", "run", 1, work, tick_ms=150)
+    view = jobs.start(LAB, "run", 1, work, tick_ms=150)
     with pytest.raises(errors.TrocarError):
-        jobs.wait("lab", view.job, WAIT_S)
+        jobs.wait(LAB, view.job, WAIT_S)
     assert time.monotonic() - started >= 0.15
-    assert jobs.view("lab", view.job).elapsed_s in (0.1, 0.2)  # 0.15, to one place
+    assert jobs.view(LAB, view.job).elapsed_s in (0.1, 0.2)  # 0.15, to one place
 
 
 def test_a_cancelled_job_with_a_tick_says_so_on_its_tick(jobs: Jobs) -> None:
@@ -229,33 +290,33 @@ def test_a_cancelled_job_with_a_tick_says_so_on_its_tick(jobs: Jobs) -> None:
         jobs.require_wanted(job)
         return answer()
 
-    view = jobs.start("lab", "run", 1, work, tick_ms=300)
-    assert jobs.cancel("lab", view.job).state == "RUNNING"
+    view = jobs.start(LAB, "run", 1, work, tick_ms=300)
+    assert jobs.cancel(LAB, view.job).state == "RUNNING"
     with pytest.raises(RunFailed):
-        jobs.wait("lab", view.job, WAIT_S)
-    assert jobs.view("lab", view.job).state == "CANCELLED"
+        jobs.wait(LAB, view.job, WAIT_S)
+    assert jobs.view(LAB, view.job).state == "CANCELLED"
 
 
 def test_a_stop_does_not_wait_for_ticks() -> None:
     made = Jobs()
-    view = made.start("lab", "run", 1, lambda _: answer(), tick_ms=10_000)
+    view = made.start(LAB, "run", 1, lambda _: answer(), tick_ms=10_000)
     started = time.monotonic()
     made.close()
     assert time.monotonic() - started < 5
-    assert made.view("lab", view.job).state == "COMPLETED"
+    assert made.view(LAB, view.job).state == "COMPLETED"
 
 
 def test_jobs_with_ticks_are_in_nobodys_way_and_nobody_is_in_theirs(jobs: Jobs) -> None:
     """How many wait before a job is for those to know of whom time may be known."""
     go = threading.Event()
     began = threading.Event()
-    first = jobs.start("a", "fit", 1, lambda _: (began.set(), go.wait(WAIT_S), answer())[2])
+    first = jobs.start(A, "fit", 1, lambda _: (began.set(), go.wait(WAIT_S), answer())[2])
     assert began.wait(WAIT_S)
-    behind = [jobs.start("a", "fit", 1, lambda _: answer(), tick_ms=tick_ms) for tick_ms in (0, 50)]
-    assert [jobs.view("a", view.job).ahead for view in behind] == [0, 0]
-    third = jobs.start("a", "fit", 1, lambda _: answer())
-    assert jobs.view("a", third.job).ahead == 2
-    assert [jobs.view("a", view.job).state for view in behind] == ["QUEUED", "RUNNING"]
+    behind = [jobs.start(A, "fit", 1, lambda _: answer(), tick_ms=tick_ms) for tick_ms in (0, 50)]
+    assert [jobs.view(A, view.job).ahead for view in behind] == [0, 0]
+    third = jobs.start(A, "fit", 1, lambda _: answer())
+    assert jobs.view(A, third.job).ahead == 2
+    assert [jobs.view(A, view.job).state for view in behind] == ["QUEUED", "RUNNING"]
     go.set()
     for view in (first, *behind, third):
-        assert isinstance(jobs.wait("a", view.job, WAIT_S), release.Released)
+        assert isinstance(jobs.wait(A, view.job, WAIT_S), release.Released)

@@ -316,7 +316,7 @@ def test_a_cancelled_session_stops_between_or_within_steps(fresh: Any) -> None:
     slow = step(ops.Text(id="text"), most=200)
     job = start(fresh, step(*CLEAN), slow, slow, slow, keep=True)
     deadline_s = time.monotonic() + WAIT_S
-    while fresh.service._jobs.view("alice", job).done < 2 and time.monotonic() < deadline_s:
+    while fresh.service._jobs.view(fresh.principals["alice"], job).done < 2 and time.monotonic() < deadline_s:
         time.sleep(0.01)
     fresh.service.cancel(fresh.principals["alice"], job)
     with pytest.raises(TrocarError) as caught:

@@ -32,9 +32,9 @@ STORED = "act_" + "a" * 32
 def handles(tmp_path: Path, tiny: Any) -> Iterator[Handles]:
     gate = Gate(f"sqlite:///{tmp_path / 'ledger.db'}")
     shapes = {"resid_post.1": {"rows": (32,)}, "resid_post.2": {"rows": (32,)}}
-    gate.handles.add(
-        [Handle(STORED, "lab", ACTIVATIONS, "tiny", tiny.facts.fingerprint, shapes, counts=(1, 1))]
-    )
+    made = Handle(STORED, "lab", ACTIVATIONS, "tiny", tiny.facts.fingerprint, shapes, counts=(1, 1))
+    with gate.handles._database.write() as connection:
+        gate.handles.enter(connection, [made], ("key",))
     yield gate.handles
     gate.close()
 
