@@ -118,28 +118,15 @@ def objective(source: FileRows, signs: Any, weights: Any, bias: float, deviation
 
 def ours(folder: Path) -> dict[str, float]:
     from trocar.analysis import probes
-    from trocar.analysis.logistic import Task, logistic
+    from trocar.analysis.many import logistic_many
     from trocar.analysis.moments import moments
-    from trocar.analysis.scan import Binary
-    from trocar.analysis.site import sampled
     from trocar.analysis.spectra import leace, pca, whitening
-    from trocar.analysis.standard import standard
 
     source = FileRows(folder / "rows")
     labels = np.memmap(folder / "labels", np.int8, "r").reshape(LABELS, -1)
     out: dict[str, float] = {}
 
-    def fit(near: Any, known: Any, signs: Any) -> Any:
-        s = standard(known)
-        tasks = [Task(s, np.bincount(one > 0).astype(float), L2) for one in signs]
-        return logistic(Binary(source, signs, "float32", far=s.far), tasks, near)
-
-    def first() -> Any:
-        part = sampled(len(source), WIDTH).astype(np.int64)
-        rest, some = moments(source, part=part, parts=2, gram=[False, True])
-        return fit(some, some.plain().merge(rest.plain()), labels[:1])
-
-    out["first_probe"], (probe,) = cpu(first)
+    out["first_probe"], (probe,) = cpu(lambda: logistic_many(source, labels[:1], l2=L2))
     out["passes_first"] = probe.passes
     closed: dict[str, Callable[[Any], Any]] = {
         "ridge": lambda m: probes.ridge(m, L2),
@@ -151,12 +138,13 @@ def ours(folder: Path) -> dict[str, float]:
     out["moments"], (known,) = cpu(lambda: moments(source, targets=labels[0] > 0))
     for name, verb in closed.items():
         out[name] = cpu(lambda verb=verb: verb(known))[0]  # type: ignore[misc]
+    again = [labels[i : i + 1] for i in range(FURTHER)]
     out["further_probe"], found = cpu(
-        lambda: [fit(known, known, labels[i : i + 1])[0] for i in range(FURTHER)]
+        lambda: [logistic_many(source, one, l2=L2, known=known)[0] for one in again]
     )
     out["further_probe"] /= FURTHER
     out["passes_further"] = found[0].passes
-    out["probes_128"], many = cpu(lambda: fit(known, known, labels))
+    out["probes_128"], many = cpu(lambda: logistic_many(source, labels, l2=L2, known=known))
     out["passes_128"] = max(p.passes for p in many)
     deviation = np.sqrt(known.variance)
     for name, p in (("first", probe), ("further", found[0]), ("many", many[0])):

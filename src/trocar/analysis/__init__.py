@@ -6,6 +6,7 @@ the user. This room knows nothing of handles, models, programs or budgets.
 """
 
 from trocar.analysis.fit import check, fit, sizes
+from trocar.analysis.many import logistic_many
 from trocar.analysis.maps import LinearFit, linear_map
 from trocar.analysis.maps import sizes as map_sizes
 from trocar.analysis.metrics import auroc
@@ -31,6 +32,7 @@ __all__ = [
     "fit_pca",
     "fit_whitening",
     "linear_map",
+    "logistic_many",
     "map_sizes",
     "sizes",
 ]
