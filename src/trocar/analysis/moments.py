@@ -207,29 +207,34 @@ class _Sums:
     ) -> None:
         width = len(pilot)
         self._pilot, self._n, self._filled = pilot, 0, 0
-        self._x = np.empty((chunk, width), precision)
-        self._t = np.ones((chunk, k + 1))
-        self._gram = np.zeros((width, width)) if gram else None
+        stride = -(-(width + 1 + k) // 16) * 16  # rows begin where vector instructions like them to
+        self._x = np.empty((chunk, stride), precision)[:, : width + 1 + k]  # features, a one, targets
+        self._x[:, width] = 1
+        self._t = np.empty((chunk, k))
+        self._gram = np.zeros((width + 1 + k, width + 1 + k)) if gram else None
         self._square, self._sums = np.zeros(width), np.zeros((k + 1, width))
-        self._target_sums, self._target_squares = np.zeros(k + 1), np.zeros(k + 1)
+        self._target_sums, self._target_squares = np.zeros(k), np.zeros(k)
 
     def add(self, block: Block, t: Floats) -> None:
         done = 0
         while done < len(block):
             take = min(len(block) - done, len(self._x) - self._filled)
             room = slice(self._filled, self._filled + take)
-            np.subtract(block[done : done + take], self._pilot, out=self._x[room], dtype=self._x.dtype)
-            self._t[room, 1:] = t[done : done + take]
+            features = self._x[room, : len(self._pilot)]
+            np.subtract(block[done : done + take], self._pilot, out=features, dtype=features.dtype)
+            self._t[room] = t[done : done + take]
             done += take
             self._filled += take
             if self._filled == len(self._x):
                 self._multiply()
 
     def _multiply(self) -> None:
-        x, t = self._x[: self._filled], self._t[: self._filled]
-        self._sums += t.T.astype(x.dtype) @ x
-        self._square += _squares(x)
-        if self._gram is not None:
+        d, x, t = len(self._pilot), self._x[: self._filled], self._t[: self._filled]
+        x[:, d + 1 :] = t
+        if self._gram is None:
+            self._sums += x[:, d:].T @ x[:, :d]
+            self._square += _squares(x[:, :d])
+        else:
             self._gram += x.T @ x
         self._target_sums += t.sum(axis=0)
         self._target_squares += (t**2).sum(axis=0)
@@ -238,15 +243,17 @@ class _Sums:
 
     def result(self) -> Moments:
         self._multiply()
-        total, cross, square, gram = self._sums[0], self._sums[1:].T.copy(), self._square, self._gram
+        d, gram, square, sums = len(self._pilot), self._gram, self._square, self._sums
         if gram is not None:
-            np.fill_diagonal(gram, square)
+            gram, sums = gram[:d, :d].copy(), gram[d:, :d]
+            square = gram.diagonal().copy()
+        total, cross = sums[0].copy(), sums[1:].T.copy()
         if not np.isfinite(total).all():
             raise errors.refuse("rows_not_finite", "rows", "a row holds NaN or an infinity")
         if not (np.isfinite(square).all() and np.isfinite(cross).all()):
             reason = "the rows are so large that their squares leave the range of the products"
             raise errors.refuse("rows_not_finite", "rows", reason)
-        pilot, sides = self._pilot.astype(np.float64), (self._target_sums[1:], self._target_squares[1:])
+        pilot, sides = self._pilot.astype(np.float64), (self._target_sums, self._target_squares)
         return Moments(self._n, pilot, total, square, gram, *sides, cross)
 
 
