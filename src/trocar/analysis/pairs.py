@@ -31,7 +31,9 @@ class PairTrial:
     seed: int
 
 
-def plan(n: int, labels: Given | None, groups: Given | None, test_fraction: float, seed: int) -> PairTrial:
+def plan(
+    n: int, labels: Given | None, groups: Given | None, test_fraction: float, seed: int, what: str = "pairs"
+) -> PairTrial:
     """Checks labels and groups and draws the held-out pairs; labels have no part in the draw.
 
     Raises:
@@ -43,13 +45,13 @@ def plan(n: int, labels: Given | None, groups: Given | None, test_fraction: floa
         raise errors.refuse("bad_value", "seed", f"{seed!r} is negative")
     y = None if labels is None else given.classes(labels)[0]
     if y is not None and len(y) != n:
-        raise errors.refuse("bad_labels", "labels", f"{len(y)} labels for {n} pairs")
+        raise errors.refuse("bad_labels", "labels", f"{len(y)} labels for {n} {what}")
     group = given.groups(groups, n)
     n_groups = len(np.unique(group))
     alike = np.zeros(n_groups, dtype=np.int64)
     split = draw(alike, group, test_fraction, seed) if n else Split(group, group)
     if min(len(split.train) - 1, len(split.test)) < 1:
-        reason = f"{n} pairs in {n_groups} groups; a fit needs at least 2 to train on and 1 to test"
+        reason = f"{n} {what} in {n_groups} groups; a fit needs at least 2 to train on and 1 to test"
         raise errors.refuse("too_few_rows", "rows", reason)
     if y is not None:
         require_classes(y, split)

@@ -12,7 +12,7 @@ from typing import Final
 import numpy as np
 
 from trocar import errors
-from trocar.analysis.joined import Subset
+from trocar.analysis.joined import Beside, Subset
 from trocar.analysis.labels import Floats, Ints
 from trocar.analysis.results import Vector
 from trocar.analysis.source import BLOCK_ROWS, Block, Source
@@ -146,6 +146,51 @@ def covariance(source: Source, path: str = "rows") -> tuple[Floats, Floats]:
     shift = total / n
     mean = shift if pilot is None else pilot + shift
     return mean, square / n - np.outer(shift, shift)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Residuals:
+    """Moments of rows x and of what they lack of rows y, r = y - x; float64.
+
+    Attributes:
+        mean, gap: of x and of r, [width].
+        own: covariance of x, [width, width]. `cross`: of x with r.
+        variance: of each column of r, [width].
+    """
+
+    mean: Floats
+    gap: Floats
+    own: Floats
+    cross: Floats
+    variance: Floats
+
+
+def residuals(x: Source, y: Source, path: str = "rows") -> Residuals:
+    """One pass over both; products as in `covariance`.
+
+    Raises:
+        ProgramError: `rows_not_finite`, `rows_mismatch`.
+    """
+    width = x.width
+    pilot: Block | None = None
+    total, square = np.zeros(2 * width), np.zeros(width)
+    own, cross = np.zeros((width, width)), np.zeros((width, width))
+    for both in finite(Beside(x, y), path):
+        both[:, width:] -= both[:, :width]
+        pilot = both.mean(axis=0) if pilot is None else pilot
+        z, r = np.split(both - pilot, 2, axis=1)
+        total += np.r_[z.sum(axis=0, dtype=np.float64), r.sum(axis=0, dtype=np.float64)]
+        square += np.einsum("nd,nd->d", r, r)
+        own += z.T @ z
+        cross += z.T @ r
+    n = max(len(x), 1)
+    shift = total / n
+    mean = shift if pilot is None else pilot + shift
+    a, b = np.split(shift, 2)
+    variance = np.maximum(square / n - b**2, 0.0)
+    return Residuals(
+        mean[:width], mean[width:], own / n - np.outer(a, a), cross / n - np.outer(a, b), variance
+    )
 
 
 def shuffled(
