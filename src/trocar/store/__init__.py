@@ -11,6 +11,7 @@ from trocar.store.artifacts import Artifact, ArtifactInfo
 from trocar.store.ids import ArtifactId, HandleId
 from trocar.store.reader import HandleInfo, Reader, State
 from trocar.store.rows import Phase, RowTable
+from trocar.store.siterows import SiteRows
 from trocar.store.store import Store
 from trocar.store.writer import Writer
 
@@ -23,6 +24,7 @@ __all__ = [
     "Phase",
     "Reader",
     "RowTable",
+    "SiteRows",
     "State",
     "Store",
     "Writer",
