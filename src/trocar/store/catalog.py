@@ -249,6 +249,10 @@ def remove(c: sa.Connection, entry_id: str) -> list[File]:
     return gone
 
 
+def remove_files(c: sa.Connection, gone: Sequence[File]) -> None:
+    c.execute(sa.delete(_FILES).where(_FILES.c.path.in_([f.path for f in gone])))
+
+
 def _alive(now_s: float) -> sa.ColumnElement[bool]:
     return _ENTRIES.c.expires_s.is_(None) | (_ENTRIES.c.expires_s > now_s) | _ENTRIES.c.pinned
 

@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from trocar.store import order, rows, sidecars
 from trocar.store.catalog import WHOLE, File
 from trocar.store.depot import Depot
 from trocar.store.order import Mix, Piece, Sorted
 from trocar.store.rows import Ints, Labels, RowTable
+
+_NO_ROWS: Final = sidecars.pack(rows.empty())
 
 
 class RowIndex:
@@ -129,11 +133,20 @@ class RowIndex:
         return sidecars.unpack_labels(name, self._depot.load(self._labels[name]))
 
     @cached_property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the columns that the rows have, labels included."""
-        if not self._sidecars:
-            return tuple(self._labels)
-        return (*sidecars.columns(self._depot.load(self._sidecars[0])), *self._labels)
+    def columns(self) -> Mapping[str, str]:
+        """Kind ("int64", "double", "string") of each column that the rows have, labels included."""
+        first = sidecars.columns(self._depot.load(self._sidecars[0]) if self._sidecars else _NO_ROWS)
+        for file in self._labels.values():
+            first |= sidecars.columns(self._depot.load(file))
+        return first
+
+    def column(self, name: str, ids: Ints | None) -> npt.NDArray[Any]:
+        """One column, all rows in canonical order or those of `ids` in that order; None is an empty string."""
+        ids = self.ids if ids is None else ids
+        if name in self._labels:
+            return self.labels(name)[ids]
+        parts = [sidecars.column(self._depot.load(f), name) for f in self._sidecars]
+        return np.concatenate(parts)[ids] if parts else np.empty(0, np.int64)
 
     @cached_property
     def paths(self) -> tuple[Path, ...]:

@@ -22,7 +22,9 @@ from trocar.store.dtypes import Dtype, Vectors
 from trocar.store.ids import HandleId
 from trocar.store.index import RowIndex
 from trocar.store.rows import Ints, RowTable
+from trocar.store.selection import Whole
 from trocar.store.siterows import Selected, SiteFiles, SiteRows, some
+from trocar.store.view import View
 
 __all__ = ["HandleInfo", "Reader", "State", "infos_of"]
 
@@ -115,6 +117,10 @@ class Reader:
         """
         chosen = None if prompts is None else self._chosen(prompts)
         return SiteRows(self.info.widths.get(site, 0), [self.selected(site, chosen)])
+
+    def view(self) -> View:
+        """Every row and every site, to be narrowed."""
+        return View([self], Whole(self.index), tuple(self.info.widths))
 
     def selected(self, site: str, ids: Ints | None) -> Selected:
         """The rows of these ids at `site`; all in canonical order when None. Raises as `site` does."""

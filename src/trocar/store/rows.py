@@ -24,6 +24,7 @@ Labels = npt.NDArray[np.int64] | npt.NDArray[np.float64] | Texts
 GivenLabels = Sequence[int] | Sequence[float] | Sequence[str] | npt.NDArray[Any]
 LABEL: Final = "label"  # the name of labels that have no other
 FIXED: Final = ("prompt", "position", "token_id", "token", "phase", "role", "split", "part")
+_RESERVED: Final = (*FIXED, "site", "layer", "row", "file_index", "file_row_number", "filename")
 _MOST_PROMPTS: Final = 1 << 38
 _MOST_POSITIONS: Final = 1 << 24
 _PHASES: Final = ("prompt", "gen")
@@ -84,10 +85,10 @@ class RowTable:
             prompt=_ints("prompt", prompt),
             position=_ints("position", position),
             token_id=_ints("token_id", token_id),
-            token=_texts("token", token),
+            token=_texts("rows.token", token),
             phase=np.array(list(phase), dtype="<U6"),
-            role=None if role is None else _texts("role", role, or_none=True),
-            split=None if split is None else _texts("split", split, or_none=True),
+            role=None if role is None else _texts("rows.role", role, or_none=True),
+            split=None if split is None else _texts("rows.split", split, or_none=True),
             labels={require_name(k, "rows.labels"): label_values(f"rows.{k}", v) for k, v in named.items()},
         ).checked()
 
@@ -186,7 +187,7 @@ def require_name(name: str, path: str) -> str:
     Raises:
         ProgramError: `bad_value` for one that is no small word, or that another column has.
     """
-    if _NAME.fullmatch(name) is None or name in FIXED:
+    if _NAME.fullmatch(name) is None or name in _RESERVED:
         raise errors.refuse("bad_value", path, f"{name[:40]!r} cannot name a column of labels")
     return name
 
@@ -199,7 +200,7 @@ def label_values(path: str, values: GivenLabels) -> Labels:
     if array.dtype.kind == "f" and not np.isnan(array).any():
         return array.astype(np.float64)
     if array.dtype.kind in "UO":
-        return _texts(path.removeprefix("rows."), values)
+        return _texts(path, values)
     raise errors.refuse("bad_value", path, f"labels of {array.dtype} are not integers, numbers or strings")
 
 
@@ -210,9 +211,9 @@ def _ints(name: str, values: Sequence[int] | Ints) -> Ints:
     return array.astype(np.int64)
 
 
-def _texts(name: str, values: Sequence[Any] | npt.NDArray[Any], *, or_none: bool = False) -> Texts:
+def _texts(path: str, values: Sequence[Any] | npt.NDArray[Any], *, or_none: bool = False) -> Texts:
     array = np.empty(len(values), dtype=object)
     array[:] = values.tolist() if isinstance(values, np.ndarray) else values
     if not all(isinstance(v, str) or (or_none and v is None) for v in array):
-        raise errors.refuse("bad_value", f"rows.{name}", f"{name} holds what is not a string")
+        raise errors.refuse("bad_value", path, "a value is not a string")
     return array

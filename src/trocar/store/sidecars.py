@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Final, cast
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -61,9 +62,18 @@ def unpack_labels(name: str, raw: bytes) -> Labels:
     return _values(pq.ParquetFile(pa.BufferReader(raw)).read(use_threads=False)[name])
 
 
-def columns(raw: bytes) -> tuple[str, ...]:
-    """Names of a sidecar's columns."""
-    return tuple(pq.ParquetFile(pa.BufferReader(raw)).schema_arrow.names)
+def columns(raw: bytes) -> dict[str, str]:
+    """Kind of each of a sidecar's columns."""
+    schema = pq.ParquetFile(pa.BufferReader(raw)).schema_arrow
+    return {name: str(kind) for name, kind in zip(schema.names, schema.types, strict=True)}
+
+
+def column(raw: bytes, name: str) -> npt.NDArray[Any]:
+    """One column of a sidecar; None is an empty string."""
+    found = pq.ParquetFile(pa.BufferReader(raw)).read(columns=[name], use_threads=False)[name]
+    if not pa.types.is_string(found.type):
+        return cast("npt.NDArray[Any]", found.to_numpy())
+    return np.array([v or "" for v in _texts(found)], dtype=object)
 
 
 def places(raw: bytes) -> tuple[Ints, Ints]:

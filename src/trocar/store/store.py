@@ -16,7 +16,7 @@ from typing import Any, Final, Self
 import sqlalchemy as sa
 
 from trocar import errors
-from trocar.store import artifacts, catalog, dtypes, ids
+from trocar.store import artifacts, catalog, dtypes, ids, labels
 from trocar.store.artifacts import Arrays, Artifact, ArtifactInfo
 from trocar.store.catalog import ACTIVATIONS, Entry, File
 from trocar.store.depot import Depot
@@ -25,6 +25,7 @@ from trocar.store.ids import ArtifactId, HandleId
 from trocar.store.index import RowIndex
 from trocar.store.quota import Quota
 from trocar.store.reader import HandleInfo, Reader, infos_of
+from trocar.store.rows import GivenLabels
 from trocar.store.shelf import Slot
 from trocar.store.writer import Begun, Writer
 
@@ -181,6 +182,26 @@ class Store:
             if entry.state != "complete" and not partial:
                 raise errors.refuse("handle_incomplete", "handle", f"{handle} is {entry.state}")
             return Reader(self._depot, infos_of(c, [entry])[0], catalog.files(c, entry.id))
+
+    def add_labels(
+        self, owner: str, handle: str, name: str, values: GivenLabels, *, by: labels.By = "row"
+    ) -> None:
+        """Adds a column of labels to a finished handle; its vectors are not touched.
+
+        Args:
+            name: a small word that no column of the handle has.
+            values: integers, booleans, numbers or strings: one per row, in the order of `Reader.rows`.
+            by: "prompt" when there is one value per prompt instead, from prompt 0 on.
+
+        Raises:
+            NotFound, ProgramError: as `open`; `bad_value`, `rows_mismatch`.
+            Overloaded: `disk_full`.
+        """
+        labels.add(self._depot, self._quota, self.open(owner, handle), name, values, by)
+
+    def drop_labels(self, owner: str, handle: str, name: str) -> None:
+        """Removes labels that `add_labels` has added (`bad_value` if there are none); else raises as `open`."""
+        labels.drop(self._depot, self.open(owner, handle), name)
 
     def list(self, owner: str) -> Sequence[HandleInfo]:
         """The owner's handles in any state, oldest first."""
