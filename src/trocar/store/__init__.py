@@ -8,6 +8,7 @@ This room knows nothing of models, programs, keys or budgets: whoever holds a `R
 """
 
 from trocar.store.artifacts import Artifact, ArtifactInfo
+from trocar.store.bucket import Objects
 from trocar.store.ids import ArtifactId, HandleId
 from trocar.store.reader import HandleInfo, Reader, State
 from trocar.store.rows import Phase, RowTable
@@ -22,6 +23,7 @@ __all__ = [
     "ArtifactInfo",
     "HandleId",
     "HandleInfo",
+    "Objects",
     "Phase",
     "Reader",
     "RowTable",

@@ -99,7 +99,8 @@ class Shelf(Protocol):
     def pick(self, file: File, starts: Sequence[int], out: memoryview) -> bool:
         """Reads len(out) / len(starts) bytes from each of the starts, one after the other, into `out`.
 
-        Returns False when `map` would serve the caller better, with nothing read; raises as `map` does.
+        Returns:
+            False when nothing was read, since `map` serves the caller better; raises as `map` does.
         """
         ...
 

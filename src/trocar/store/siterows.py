@@ -24,21 +24,17 @@ from trocar.store.rows import Ints
 
 BLOCK_ROWS: Final = 512
 MAPPED_BYTES: Final = 256 << 20
+HELD_BYTES: Final = 1 << 30
 PLACED_ROWS: Final = 1 << 15
 
 
-@dataclass(frozen=True, slots=True)
 class SiteFiles:
-    """The shards of one site of one handle."""
+    """The shards of one site of one handle; keeps what it has mapped for picking, up to `HELD_BYTES`."""
 
-    depot: Depot
-    files: Sequence[File]
-    width: int
-    dtype: Dtype
-
-    @property
-    def row_bytes(self) -> int:
-        return self.width * ITEM_BYTES[self.dtype]
+    def __init__(self, depot: Depot, files: Sequence[File], width: int, dtype: Dtype) -> None:
+        self.depot, self.files, self.width, self.dtype = depot, files, width, dtype
+        self.row_bytes = width * ITEM_BYTES[dtype]
+        self._held: dict[int, Words] = {}
 
     def words(self, shard: int) -> Words:
         """The stored rows of a shard, mapped; writing into them changes no file."""
@@ -48,12 +44,34 @@ class SiteFiles:
     def empty(self, n_rows: int) -> Words:
         return dtypes.empty(n_rows, self.width, self.dtype)
 
-    def pick(self, shard: int, rows: Ints, out: Words) -> None:
-        """Fills `out` with the rows of a shard, which count up."""
-        file = self.files[shard]
+    def pick(self, places: Mix) -> Words:
+        """The rows at `places`, in that order."""
+        out = self.empty(len(places))
+        for shard in np.unique(places.shards).tolist():
+            here = places.shards == shard
+            if here.all():
+                self._pick(shard, places.rows, out)
+            else:
+                some = self.empty(int(here.sum()))
+                self._pick(shard, places.rows[here], some)
+                out[here] = some
+        return out
+
+    def _pick(self, shard: int, rows: Ints, out: Words) -> None:
         starts = (shards.HEADER_BYTES + rows * self.row_bytes).tolist()
-        if not self.depot.pick(file, starts, out.data.cast("B")):
-            np.take(self.words(shard), rows, axis=0, out=out, mode="clip")
+        if not self.depot.pick(self.files[shard], starts, out.data.cast("B")):
+            np.take(self._hold(shard), rows, axis=0, out=out, mode="clip")
+
+    def _hold(self, shard: int) -> Words:
+        """A mapped shard that stays mapped; the one that was held longest makes room."""
+        words = self._held.get(shard)
+        if words is None:
+            words = self.words(shard)
+            held = dict(self._held)  # threads that share a reader each see a whole one
+            while held and sum(w.nbytes for w in held.values()) + words.nbytes > HELD_BYTES:
+                held.pop(next(iter(held)))
+            self._held = {**held, shard: words}
+        return words
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +131,13 @@ class SiteRows:
         start = 0
         for part in self._parts:
             here = np.flatnonzero((index >= start) & (index < start + part.n_rows))
-            _gather(part.files, part.places(index[here] - start), out, here)
+            words = part.files.pick(part.places(index[here] - start))
+            if len(here) == len(out):
+                dtypes.decode(words, part.files.dtype, out)
+            else:
+                vectors = np.empty(words.shape, np.float32)
+                dtypes.decode(words, part.files.dtype, vectors)
+                out[here] = vectors
             start += part.n_rows
         return out
 
@@ -186,18 +210,6 @@ class _Pass:
         if shard not in self._mapped:
             self._mapped[shard] = self._files.words(shard)
         return self._mapped[shard]
-
-
-def _gather(files: SiteFiles, places: Mix, out: Vectors, where: Ints) -> None:
-    """Puts the rows at `places` into the rows `where` of `out`."""
-    for shard in np.unique(places.shards).tolist():
-        here = np.flatnonzero(places.shards == shard)
-        order = np.argsort(places.rows[here], kind="stable")  # the disk likes ascending places
-        words = files.empty(len(here))
-        files.pick(shard, places.rows[here][order], words)
-        vectors = np.empty(words.shape, np.float32)
-        dtypes.decode(words, files.dtype, vectors)
-        out[where[here[order]]] = vectors
 
 
 def some(files: SiteFiles, ids: Ints, places: Callable[[Ints], Mix]) -> Selected:

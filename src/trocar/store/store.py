@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from trocar import errors
 from trocar.store import artifacts, catalog, dtypes, ids, labels
 from trocar.store.artifacts import Arrays, Artifact, ArtifactInfo
+from trocar.store.bucket import Objects
 from trocar.store.catalog import ACTIVATIONS, Entry, File
 from trocar.store.depot import Depot
 from trocar.store.folder import Folder
@@ -41,6 +42,7 @@ class Store:
 
     Args:
         root: made when absent; nothing else may write there.
+        objects: where files lie, with the catalog and a cache in `root`; in `root` too when None.
         quota_bytes: what each owner may keep; None for no limit.
         shard_bytes: how much a writer buffers, over all sites of a handle.
         clock: Unix time in seconds.
@@ -50,12 +52,13 @@ class Store:
         self,
         root: Path,
         *,
+        objects: Objects | None = None,
         quota_bytes: int | None = None,
         shard_bytes: int = SHARD_BYTES,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._clock, self._shard_bytes, self._quota = clock, shard_bytes, Quota(quota_bytes)
-        self._depot = Depot(root, Folder)
+        self._depot = Depot(root, Folder if objects is None else objects.shelf())
         self._catalog = self._depot.catalog
         self.sweep()
 

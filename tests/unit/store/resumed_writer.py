@@ -1,7 +1,8 @@
 """A capture that is meant to die and to go on: the rows of every prompt that is not there yet, then the end.
 
-Run as `python resumed_writer.py ROOT HANDLE`; a prompt's rows follow from its number, so whoever reads them can
-tell whether each is there once and whole. It says "going" when it has resumed, and "finished" at the end.
+Run as `python resumed_writer.py ROOT HANDLE N_PROMPTS [URL OPTION=VALUE ...]`; a prompt's rows follow from its
+number, so whoever reads them can tell whether each is there once and whole. It says "going" when it has resumed,
+and "finished" at the end.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from trocar.store import RowTable, Store
+from trocar.store import Objects, RowTable, Store
 
 SITES = {"resid_post.0": 64, "mlp_act.1": 32}
-N_PROMPTS, SHARD_ROWS = 600, 50
+SHARD_ROWS = 50
 
 
 def length(prompt: int) -> int:
@@ -36,11 +37,14 @@ def shard_bytes() -> int:
     return SHARD_ROWS * 2 * sum(SITES.values())
 
 
-def main(root: Path, handle: str) -> None:
-    with Store(root, shard_bytes=shard_bytes()) as store, store.resume("alice", handle) as writer:
+def main(root: Path, handle: str, n_prompts: int, objects: Objects | None) -> None:
+    with (
+        Store(root, objects=objects, shard_bytes=shard_bytes()) as store,
+        store.resume("alice", handle) as writer,
+    ):
         print("going", flush=True)
         there = set(writer.committed.tolist())
-        for prompt in range(N_PROMPTS):
+        for prompt in range(n_prompts):
             if prompt not in there:
                 writer.append(*prompt_rows(prompt))
         writer.finish()
@@ -48,4 +52,6 @@ def main(root: Path, handle: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    place = sys.argv[4:]
+    options = dict(option.split("=", 1) for option in place[1:])
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Objects(place[0], options) if place else None)

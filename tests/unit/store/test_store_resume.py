@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from resumed_writer import N_PROMPTS, SHARD_ROWS, SITES, length, prompt_rows, shard_bytes
+from resumed_writer import SHARD_ROWS, SITES, length, prompt_rows, shard_bytes
 
 from trocar import errors
 from trocar.store import Reader, Store, Writer
 
 SCRIPT = Path(__file__).with_name("resumed_writer.py")
-N_KILLS = 4
+N_KILLS, N_PROMPTS = 3, 240
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_capture_killed_again_and_again_equals_one_that_was_not(tmp_path: Path
     rng = random.Random(3)
     with Store(tmp_path, shard_bytes=shard_bytes()) as store:
         handle = new(store, resumable=True).id
-    command, seen = [sys.executable, str(SCRIPT), str(tmp_path), handle], [0]
+    command, seen = [sys.executable, str(SCRIPT), str(tmp_path), handle, str(N_PROMPTS)], [0]
     for trial in range(N_KILLS + 1):
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
@@ -66,7 +66,7 @@ def test_a_capture_killed_again_and_again_equals_one_that_was_not(tmp_path: Path
             if trial == N_KILLS:
                 assert process.stdout.readline() == "finished\n"
                 continue
-            wait_for_shards(tmp_path, n_files(tmp_path) + 3 * rng.randint(1, 5))
+            wait_for_shards(tmp_path, n_files(tmp_path) + 3 * rng.randint(1, 3))
             time.sleep(rng.uniform(0, 0.02))
             process.kill()
         with Store(tmp_path) as store:
@@ -105,7 +105,7 @@ def test_a_writer_that_died_is_replaced_while_others_have_the_store_open(
     """Its handle is still "open": nobody was alone to sweep."""
     handle = new(store, resumable=True)
     handle.detach()
-    command = [sys.executable, str(SCRIPT), str(tmp_path), handle.id]
+    command = [sys.executable, str(SCRIPT), str(tmp_path), handle.id, str(N_PROMPTS)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "going\n"
