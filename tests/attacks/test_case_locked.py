@@ -27,7 +27,7 @@ LOCK = (ROOT / "server.lock").read_text()
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
-SERVER, EVERYTHING = ("server", "postgres", "tokens"), tuple(PROJECT["optional-dependencies"])
+SERVER, EVERYTHING = ("server", "s3", "postgres", "tokens"), tuple(PROJECT["optional-dependencies"])
 # A server on Linux and one on a system that has no CUDA.
 LINUX = {
     "sys_platform": "linux",
