@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import cli_server
 import httpx
+import pytest
 from cli_server import Serving
 
 from trocar.models import cache
@@ -23,6 +25,31 @@ from trocar.models.fingerprint import fingerprint, stamp
 NAME = "tiny"
 WAIT_S = 60.0
 COME_UP_S = 180.0
+_ASK = "from trocar.host.worker import cell; print('closed' if cell.can_close_network() else 'allowed')"
+NETWORK = subprocess.run(
+    [sys.executable, "-c", _ASK], capture_output=True, text=True, check=True
+).stdout.strip()
+"""What a worker on this machine can promise."""
+
+
+def tree() -> Any:
+    """The conftest of the whole tree: every folder's own is called the same."""
+    spec = importlib.util.spec_from_file_location("tests_conftest", Path(__file__).parents[1] / "conftest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def tiny_cache(root: Path) -> Iterator[Path]:
+    """A cache that holds one tiny model, while it is the cache of whatever is started."""
+    parts = tree()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TROCAR_CACHE", str(root))
+        yield make_model(root, parts.random_llama(), parts.byte_tokenizer())
 
 
 def make_model(root: Path, model: Any, tokenizer: Any) -> Path:
@@ -112,7 +139,7 @@ class Started:
         found = {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
-                parent = int(stat.read_text().rpartition(")")[2].split()[1])
+                parent = int(stat.read_bytes().rpartition(b")")[2].split()[1])
                 words = (stat.parent / "cmdline").read_bytes().decode().split("\0")
             except OSError:
                 continue
@@ -144,12 +171,15 @@ def by_hand(home: Path, sockets: Path, model: Path, worker: Sequence[str]) -> It
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
     data, said = home / "data", home / "said"
+    w, g = (str(sockets / name / "s") for name in ("w", "g"))
+    for path in (w, g):
+        Path(path).parent.mkdir(mode=0o700)
     trocar = (sys.executable, "-m", "trocar.cli.app")
     named = ("--model", str(model), "--data", str(data))
     commands = [
-        (*worker, *named, "--socket", str(sockets / "w"), "--threads", "1"),
-        (*trocar, "gate", *named, "--worker", str(sockets / "w"), "--socket", str(sockets / "g")),
-        (*trocar, "front", "--gate", str(sockets / "g"), "--port", str(port)),
+        (*worker, *named, "--socket", w, "--network", NETWORK, "--threads", "1"),
+        (*trocar, "gate", *named, "--worker", w, "--socket", g, "--network", NETWORK),
+        (*trocar, "front", "--gate", g, "--port", str(port)),
     ]
     with said.open("wb") as sink:
         processes = [
@@ -157,7 +187,7 @@ def by_hand(home: Path, sockets: Path, model: Path, worker: Sequence[str]) -> It
             for c in commands
         ]  # fmt: skip
     try:
-        until(lambda: (sockets / "g").exists() or any(p.poll() is not None for p in processes), COME_UP_S)
+        until(lambda: Path(g).exists() or any(p.poll() is not None for p in processes), COME_UP_S)
         assert [p.poll() for p in processes] == [None] * 3, said.read_text()
         [word] = [w for w in said.read_text().split() if w.startswith("TROCAR_API_KEY=")]
         door = Door(f"http://127.0.0.1:{port}", word.partition("=")[2])

@@ -37,7 +37,7 @@ def report(probe: Probe, scores: Floats, trial: Trial) -> SiteFit:
     norms = np.linalg.norm(weights, axis=1)
     scale = np.divide(steps, norms, out=np.zeros(columns), where=norms > 0)
     directions = weights if trial.kind == "mean_diff" else weights * scale[:, None]
-    found = _ridge_metrics(by_probe, trial) if trial.kind == "ridge" else _class_metrics(by_probe, trial)
+    found = _ridge_metrics(by_probe, trial) if trial.kind == "ridge" else class_metrics(by_probe, trial)
     raw, toward = weights.astype(np.float32), directions.astype(np.float32)
     if trial.kind == "multinomial":
         return SiteFit(toward, raw, bias, found)
@@ -61,7 +61,8 @@ def _steps(weights: Floats, scores: Floats, trial: Trial) -> Floats:
     return steps
 
 
-def _class_metrics(scores: Floats, trial: Trial) -> ClassMetrics:
+def class_metrics(scores: Floats, trial: Trial) -> ClassMetrics:
+    """What held-out rows say of a classifier; scores [K, C, n]."""
     train, test, y = trial.split.train, trial.split.test, trial.y
     right = (_called(scores[0]) == y).astype(np.float64)
     ranked, hits = _auroc(scores[0][:, test], y[test]), measures.mean(right[test])
