@@ -487,6 +487,19 @@ def test_case_26_first_layers_and_both_ends_of_a_matrix(secret: tuple[Caller, An
         assert "policy" in codes(asked(caller, *both, *apart)), (one, other)
 
 
+@pytest.mark.parametrize(
+    "names", [("attn_in.2", "z.2"), ("resid_pre.2", "z.2"), ("v.2", "attn_out.2"), ("v.2", "resid_mid.2")]
+)
+def test_case_26_both_ends_of_a_matrix_at_position_0(
+    secret: tuple[Caller, Any], names: tuple[str, str]
+) -> None:
+    """A first token sees itself alone: there a head gives its value back, and attention is one matrix."""
+    caller, _ = secret
+    one, other = names
+    both = [read(one, "prompt[0]"), read(other, "prompt[0]", name="q")]
+    assert set(codes(asked(caller, *both, raw("r", "q")))) == {"policy"}
+
+
 @pytest.mark.parametrize("order", [("attn_in.3", "v.3"), ("v.3", "attn_in.3")])
 def test_case_26_both_ends_in_two_requests(secret: tuple[Caller, Any], order: tuple[str, str]) -> None:
     """The two ends of a matrix in two requests are the same two ends."""

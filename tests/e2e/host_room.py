@@ -26,6 +26,11 @@ from trocar.models.fingerprint import fingerprint, stamp
 NAME = "tiny"
 WAIT_S = 60.0
 COME_UP_S = 180.0
+_ASK = "from trocar.host.worker import cell; print('closed' if cell.can_close_network() else 'allowed')"
+NETWORK = subprocess.run(
+    [sys.executable, "-c", _ASK], capture_output=True, text=True, check=True
+).stdout.strip()
+"""What a worker on this machine can promise."""
 
 
 def tree() -> Any:
@@ -183,8 +188,8 @@ def by_hand(home: Path, sockets: Path, model: Path, worker: Sequence[str]) -> It
     trocar = (sys.executable, "-m", "trocar.cli.app")
     named = ("--model", str(model), "--data", str(data))
     commands = [
-        (*worker, *named, "--socket", w, "--threads", "1"),
-        (*trocar, "gate", *named, "--worker", w, "--socket", g),
+        (*worker, *named, "--socket", w, "--network", NETWORK, "--threads", "1"),
+        (*trocar, "gate", *named, "--worker", w, "--socket", g, "--network", NETWORK),
         (*trocar, "front", "--gate", g, "--port", str(port)),
     ]
     with said.open("wb") as sink:

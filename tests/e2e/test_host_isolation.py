@@ -17,7 +17,7 @@ import cli_server
 import httpx
 import pytest
 from evil_worker import HOWS, SECRET
-from host_room import COME_UP_S, Door, Started, by_hand, code, serving, tiny_cache, until
+from host_room import COME_UP_S, NETWORK, Door, Started, by_hand, code, serving, tiny_cache, until
 from leaky_worker import SECRET as LEAK
 
 from trocar.engine.hf.engine import HFEngine
@@ -116,7 +116,8 @@ def everything(door: Door) -> dict[str, str]:
 
 def test_three_processes_answer_as_one(host: Started, model: Path, tmp_path: Path) -> None:
     with serving(tmp_path / "one", model, "process") as one:
-        assert one.door.send("GET", "/v1/capabilities").json()["isolation"] == "process"
+        told = one.door.send("GET", "/v1/capabilities").json()
+        assert (told["isolation"], told["network"]) == ("process", "allowed")
         expected = everything(one.door)
         facts = one.door.send("GET", "/v1/models").json()
     assert host.door.send("GET", "/v1/capabilities").json()["isolation"] == "host"
@@ -134,6 +135,8 @@ def test_the_start_says_what_it_is(host: Started) -> None:
     alone = "worker: has no network" in said
     assert alone or "worker: shares this machine's network" in said
     assert ("network closed" in host.log) is alone
+    told = host.door.send("GET", "/v1/capabilities").json()
+    assert told["network"] == ("closed" if alone else "allowed") == NETWORK
 
 
 def test_the_worker_has_no_sockets_but_unix_ones(host: Started) -> None:

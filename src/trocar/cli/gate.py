@@ -18,7 +18,7 @@ from trocar.cli.audit import AnchorsOption
 from trocar.cli.child import ReadyOption, say_ready, watch_parent
 from trocar.cli.folder import DataOption, Folder
 from trocar.cli.logs import log_to_stderr
-from trocar.cli.serve_options import Level, LogLevel, PolicyFile, SaveKey
+from trocar.cli.serve_options import Level, LogLevel, Network, PolicyFile, SaveKey
 from trocar.cli.users import FrontUser, WorkerUser, uid_of
 
 LOAD_S: Final = 600.0
@@ -38,6 +38,9 @@ def gate(
     ],
     worker_user: WorkerUser = None,
     front_user: FrontUser = None,
+    network: Annotated[
+        Network, typer.Option(help="`allowed` also takes a worker that is in the machine's network.")
+    ] = Network.closed,
     url: Annotated[str, typer.Option(help="Where the front answers, for what is printed.")] = "",
     data: DataOption = None,
     policy: PolicyFile = None,
@@ -67,7 +70,15 @@ def gate(
         rules = Rulebook(policy or folder.policy, named=policy is not None)
         opened = open_gate(folder, rules, anchors or folder.anchors, stack)
         secret = saved_secret(opened) if save_key else None
-        service = assemble(model, folder.root, worker, opened, within_s=LOAD_S, worker_uid=worker_uid)
+        service = assemble(
+            model,
+            folder.root,
+            worker,
+            opened,
+            within_s=LOAD_S,
+            worker_uid=worker_uid,
+            network=network.value,
+        )
         stack.callback(service.close)
         for facts in service.facts.values():
             print(f"model {facts.name}: {len(facts.sites)} sites, facts pinned")

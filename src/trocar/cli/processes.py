@@ -27,6 +27,7 @@ from trocar.cli.address import Address
 from trocar.cli.child import ALONE
 from trocar.cli.inherited import environment
 from trocar.cli.plan import Plan
+from trocar.cli.serve_options import Network
 from trocar.cli.worker import LOG
 
 log = logging.getLogger(__name__)
@@ -182,8 +183,11 @@ class Household:
             each.forget()
 
 
-def serve_in_three(plan: Plan, address: Address, on_ready: Callable[[], None]) -> None:
+def serve_in_three(plan: Plan, address: Address, on_ready: Callable[[], None], network: Network) -> None:
     """Serves until SIGTERM or SIGINT. Call it on the main thread.
+
+    Args:
+        network: what the worker must keep to, and what the gate tells everybody.
 
     Raises:
         RunFailed: `start_failed`.
@@ -191,14 +195,18 @@ def serve_in_three(plan: Plan, address: Address, on_ready: Callable[[], None]) -
     with ExitStack() as stack:
         run = Path(tempfile.mkdtemp(prefix="trocar-"))  # a short name: those of sockets are limited
         stack.callback(shutil.rmtree, run, ignore_errors=True)
-        household = _household(plan, address, run)
+        household = _household(plan, address, run, network)
         stack.callback(household.stop)
         signal.signal(
             signal.SIGHUP, lambda *_: household.gate.signal(signal.SIGHUP)
         )  # it reads the policy again
         try:
             alone = household.start()
-            said = "has no network" if alone else "shares this machine's network: a namespace was not allowed"
+            said = (
+                "has no network"
+                if alone
+                else "shares this machine's network, which it was not allowed to leave"
+            )
             print(f"worker: {said}; its output is in {plan.folder.root / LOG}", flush=True)
             on_ready()
             household.look_after()
@@ -207,7 +215,7 @@ def serve_in_three(plan: Plan, address: Address, on_ready: Callable[[], None]) -
                 signal.signal(each, signal.SIG_IGN)
 
 
-def _household(plan: Plan, address: Address, run: Path) -> Household:
+def _household(plan: Plan, address: Address, run: Path, network: Network) -> Household:
     models = tuple(word for name in plan.models for word in ("--model", name))
     data = ("--data", str(plan.folder.root))
     level = ("--log-level", plan.log_level.value)
@@ -215,15 +223,17 @@ def _household(plan: Plan, address: Address, run: Path) -> Household:
     listener, mine = address.socket.fileno(), str(os.geteuid())
     save = ("--save-key",) if plan.save_key else ()
     sockets = ("--worker", worker, "--worker-user", mine, "--socket", gate, "--front-user", mine)
-    of_gate = ("--gate-user", mine)
+    of_gate, cell = ("--gate-user", mine), ("--network", network.value)
     rules = _named("--policy", plan.policy) + _named("--anchors", plan.anchors)
     return Household(
         Process(
             "worker",
-            ("worker", *models, "--socket", worker, *of_gate, *data, *plan.sizes.words()),
+            ("worker", *models, "--socket", worker, *of_gate, *cell, *data, *plan.sizes.words()),
             output=plan.folder.root / LOG,
         ),
-        Process("gate", ("gate", *models, *sockets, "--url", address.url, *data, *level, *save, *rules)),
+        Process(
+            "gate", ("gate", *models, *sockets, *cell, "--url", address.url, *data, *level, *save, *rules)
+        ),
         Process(
             "front", ("front", "--gate", gate, *of_gate, "--listen-fd", str(listener), *level), (listener,)
         ),

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import trocar
 
 PART = """
@@ -69,3 +71,55 @@ def test_a_worker_with_rights_knows_everybody() -> None:
     assert found["uid"] == os.geteuid()
     if os.geteuid() == 0 and found["closed"]:
         assert (found["interfaces"], found["before"]) == (["lo"], [True, False])
+
+
+EMPTY = """
+import ctypes, json, os, socket, sys
+from trocar.host.worker import cell
+
+libc = ctypes.CDLL(None)
+entered = libc.unshare(0x40000000) == 0 or libc.unshare(0x50000000) == 0
+allowed = cell.can_close_network()
+cell.ctypes.CDLL = lambda *_, **__: type("Nothing", (), {"unshare": lambda *_: -1})  # from here on it is not
+said = {"quiet": cell.close_network(), "could": cell.can_close_network()}
+kind, where = {
+    "tcp": (socket.SOCK_STREAM, socket.AF_INET), "tcp6": (socket.SOCK_STREAM, socket.AF_INET6),
+    "udp": (socket.SOCK_DGRAM, socket.AF_INET), "named": (socket.SOCK_STREAM, socket.AF_UNIX),
+}[sys.argv[1]]
+with socket.socket(where, kind) as there:
+    there.bind("\\0name" if sys.argv[1] == "named" else ("::" if where == socket.AF_INET6 else "0.0.0.0", 0))
+    if kind == socket.SOCK_STREAM:
+        there.listen(1)
+    said["spoken to"] = cell.close_network()
+print(json.dumps({"entered": entered, "allowed": allowed, **said}))
+"""
+
+
+@pytest.mark.parametrize("what", ["tcp", "tcp6", "udp", "named"])
+def test_a_network_is_empty_when_there_is_nobody_in_it(what: str) -> None:
+    """Who may make no namespace can be started in one: a container without a network, a unit with a private one."""
+    found = ran(EMPTY, what)
+    assert found["entered"] or not found["allowed"]
+    if found["entered"]:
+        assert (found["quiet"], found["could"], found["spoken to"]) == (True, True, False)
+    else:  # the machine's own, in which somebody always speaks, if only because it has an interface
+        assert (found["quiet"], found["could"], found["spoken to"]) == (False, False, False)
+
+
+OTHERS = """
+import json, os, sys
+from trocar.host.worker import cell
+
+before = os.readlink("/proc/self/ns/user")
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setresgid(1, 1, 1)
+    os.setresuid(1, 1, 1)
+said = cell.close_network(knows_others=True)
+print(json.dumps({"said": said, "moved": os.readlink("/proc/self/ns/user") != before}))
+"""
+
+
+def test_who_must_know_other_users_does_not_go_where_they_have_no_names() -> None:
+    """As a worker without rights whose gate is another user's; only an empty network would do."""
+    assert ran(OTHERS)["moved"] is False

@@ -89,14 +89,14 @@ class Line:
         self._owed: list[bytes] = []
         self._halting = self._closed = False
         self._distrusted = ""
-        self._other = False
+        self._other = ""
         self._suspects = Suspects()
         self._thread = threading.Thread(target=self._keep, name="trocar-line", daemon=True)
         self._thread.start()
 
     @property
     def _over(self) -> bool:
-        return self._other or bool(self._distrusted)
+        return bool(self._other or self._distrusted)
 
     @property
     def distrusted(self) -> str:
@@ -108,7 +108,7 @@ class Line:
 
         Raises:
             Overloaded: `worker_lost`.
-            RunFailed: `checksum_mismatch` when it has other models than the hello says.
+            RunFailed: `checksum_mismatch` or `network_open` when it has other models than the hello says, or a network.
             ServerFault: `bad_result` when it was one that is not to be trusted.
         """
         with self._changed:
@@ -118,6 +118,8 @@ class Line:
     def _require(self) -> Stream:
         if self._stream is not None:
             return self._stream
+        if self._other == "network":
+            raise errors.refuse("network_open", "--network", "the worker is in the machine's network")
         if self._other:
             reason = "the worker's models are not those whose facts were pinned"
             raise errors.refuse("checksum_mismatch", "model", reason, next_step=_REPIN)
@@ -217,13 +219,15 @@ class Line:
         body = self._hello.model_dump_json().encode()
         with self._changed:
             self._last += 1
-            hello = Open(Errand(Kind.hello, body, 0), self._last)
+            hello = Open(Errand(Kind.hello, body, 0, orders.GREETED), self._last)
             self._open[hello.number] = hello
         stream.put(Head(Kind.hello, hello.number, len(body)), body)
         self._take(stream.receive(HELLO_S))
-        if hello.result.exception() is not None:
-            self._other = True  # a new version, or other files: nothing was run, and nobody is accused
-            raise Lost("the worker has other models")
+        refused = hello.result.exception()
+        if isinstance(refused, errors.TrocarError):
+            # a new version, or other files: nothing was run, and nobody is accused
+            self._other = refused.path or "model"
+            raise Lost(f"the worker has another {self._other}")
         with self._changed:
             owed, self._owed = self._owed, []
             self._stream = stream

@@ -68,10 +68,12 @@ class Bench:
 
     Attributes:
         problems: broken invariants of what the models share.
+        alone: whether this process has no network.
     """
 
     models: Mapping[str, Model]
     problems: Callable[[], list[str]]
+    alone: bool = False
 
     def serve(self, listener: socket.socket) -> None:
         """Serves one gate after another until the listener is closed."""
@@ -159,7 +161,11 @@ class Visit:
 
     def hello(self, body: bytes, _watch: Watch) -> bytes:
         """Takes the gate's facts over: both sides must check programs by the very same numbers."""
-        for pinned in orders.read(Hello, body).models:
+        hello = orders.read(Hello, body)
+        if hello.network == "closed" and not self.bench.alone:
+            log.error("the gate says that this process has no network, and it has")
+            raise _AtNode("internal", orders.GREETED.index("network"))
+        for pinned in hello.models:
             mine = self._model(pinned.facts.name)
             if not same(pinned, _pinned(mine)):
                 log.error("model %s: its facts are not those that were pinned", pinned.facts.name)

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from trocar.cli import processes
+from trocar.cli import processes, serve
 from trocar.cli.address import bind
 from trocar.cli.folder import Folder
 from trocar.cli.plan import Plan, Sizes
-from trocar.cli.serve_options import LogLevel
+from trocar.cli.serve_options import LogLevel, Network
 from trocar.cli.users import uid_of
 from trocar.errors import TrocarError
+from trocar.host.worker import cell
 
 
 def test_users_have_names_and_numbers() -> None:
@@ -64,11 +65,9 @@ def test_the_gate_refuses_one_folder_for_both_sockets(trocar: Any, tmp_path: Pat
 
 
 def test_a_server_in_three_parts_has_two_folders_and_says_who_is_who(tmp_path: Path) -> None:
-    sizes = Sizes(None, None, None, 1.0)
-    plan = Plan(("m",), Folder.at(tmp_path / "data"), None, None, sizes, LogLevel.warning, False)
     address = bind("127.0.0.1", 0)
     with address.socket:
-        home = processes._household(plan, address, tmp_path)
+        home = processes._household(plan(tmp_path, None), address, tmp_path, Network.closed)
     options = {
         p.name: {w: p.words[i + 1] for i, w in enumerate(p.words) if w.startswith("--")} for p in home.all
     }
@@ -79,4 +78,72 @@ def test_a_server_in_three_parts_has_two_folders_and_says_who_is_who(tmp_path: P
     assert [f.stat().st_mode & 0o777 for f in folders] == [0o700, 0o700]
     mine = str(os.geteuid())
     assert options["worker"]["--gate-user"] == options["front"]["--gate-user"] == mine
+    assert options["worker"]["--network"] == options["gate"]["--network"] == "closed"
     assert options["gate"]["--worker-user"] == options["gate"]["--front-user"] == mine
+
+
+# ---- the worker's network -------------------------------------------------------------------------
+
+
+def plan(tmp_path: Path, network: Network | None) -> Plan:
+    sizes = Sizes(None, None, None, 1.0)
+    folder = Folder.at(tmp_path / "data")
+    return Plan(("m",), folder, None, None, sizes, LogLevel.warning, False, network)
+
+
+@pytest.mark.parametrize(
+    ("can", "secret", "said", "found"),
+    [
+        (True, True, None, "closed"),
+        (True, False, "allowed", "closed"),
+        (False, False, None, "allowed"),
+        (False, False, "allowed", "allowed"),
+        (False, True, "allowed", "allowed"),
+        (False, True, None, None),
+        (False, True, "closed", None),
+        (False, False, "closed", None),
+    ],
+)
+def test_secret_weights_are_not_served_from_a_network_unless_somebody_says_so(
+    can: bool,
+    secret: bool,
+    said: str | None,
+    found: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cell, "can_close_network", lambda: can)
+    monkeypatch.setattr(serve, "_secret", lambda names: list(names) if secret else [])
+    asked = plan(tmp_path, None if said is None else Network(said))
+    if found is not None:
+        assert serve._network(asked).value == found
+        return
+    with pytest.raises(TrocarError) as caught:
+        serve._network(asked)
+    assert (caught.value.code, caught.value.path) == ("network_open", "--network")
+
+
+def test_a_network_is_a_matter_of_three_processes(trocar: Any) -> None:
+    ran = trocar("serve", "--network", "allowed")
+    assert ran.code == 2
+    assert "[bad_argument] at --network" in ran.err
+    assert "--isolation host" in ran.err
+
+
+def test_a_worker_that_stays_in_the_network_does_not_start(
+    trocar: Any, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def close_network(*, knows_others: bool) -> bool:
+        asked.append(knows_others)
+        return False
+
+    monkeypatch.setattr(cell, "close_network", close_network)
+    other = str(os.geteuid() + 1)
+    for words in ((), ("--gate-user", str(os.geteuid())), ("--gate-user", other), ("--network", "closed")):
+        ran = trocar("worker", "--model", "m", "--socket", str(home / "w"), *words)
+        assert ran.code == 2
+        assert "[network_open] at --network" in ran.err
+        assert "next: Start it where there is no network" in ran.err
+    assert asked == [False, False, True, False]
