@@ -20,15 +20,15 @@ import numpy as np
 from trocar import errors
 from trocar.analysis.descent import Descent
 from trocar.analysis.labels import Floats
-from trocar.analysis.moments import Moments
+from trocar.analysis.moments import Moments, Precision
 from trocar.analysis.proximal import Proximal
 from trocar.analysis.scan import Objective
-from trocar.analysis.standard import Standard, correlation, curvature, standard
+from trocar.analysis.standard import Standard, curvature, likely
 
 MAX_PASSES: Final = 5000
-TOLERANCE: Final = {"float32": 1e-7, "float64": 1e-12}
+TOLERANCE: Final[dict[Precision, float]] = {"float32": 1e-7, "float64": 1e-12}
 """How far from its minimum the objective may be, relative to itself, by the estimate of the optimiser."""
-_NOISE: Final = {"float32": 1e-8, "float64": 1e-14}
+_NOISE: Final[dict[Precision, float]] = {"float32": 1e-8, "float64": 1e-14}
 _LONGEST_FIRST_STEP: Final = 8.0
 
 
@@ -63,7 +63,7 @@ class Fitted:
 
 
 def logistic(
-    objective: Objective, tasks: Sequence[Task], near: Moments | None = None, precision: str = "float32"
+    objective: Objective, tasks: Sequence[Task], near: Moments | None = None, precision: Precision = "float32"
 ) -> list[Fitted]:
     """Fits all probes of `objective`, one pass for each step of all of them.
 
@@ -109,7 +109,7 @@ def _split(point: Floats, columns: int) -> tuple[Floats, Floats]:
 
 
 def _searches(
-    objective: Objective, tasks: Sequence[Task], near: Moments | None, precision: str
+    objective: Objective, tasks: Sequence[Task], near: Moments | None, precision: Precision
 ) -> list[Descent | Proximal]:
     columns = objective.columns
     inverses: dict[float, Floats] = {}
@@ -123,20 +123,21 @@ def _searches(
         if task.l1:
             if near is None:
                 raise ValueError("an L1 penalty needs moments")
-            matrix = correlation(near, standard(near))
+            matrix = likely(near, task.standard)
             searches.append(Proximal(start, matrix, slope * n, task.l1, task.l2, **options))
             continue
-        if near is not None and round_(penalty) not in inverses:
-            inverses[round_(penalty)] = curvature(near, penalty)
-        inverse = inverses.get(round_(penalty))
+        level = _octave(penalty)
+        if near is not None and level not in inverses:
+            inverses[level] = curvature(near, task.standard, level)
+        inverse = inverses.get(level)
         searches.append(
             Descent(start, _precondition(inverse, columns, slope * n), first_step=_gaussian(n), **options)
         )
     return searches
 
 
-def round_(penalty: float) -> float:
-    """Penalties that differ by less than a factor of 2 share a preconditioner."""
+def _octave(penalty: float) -> float:
+    """The nearest power of 2: penalties that are about the same share a preconditioner."""
     return float(2.0 ** round(np.log2(max(penalty, 1e-12))))
 
 

@@ -169,7 +169,7 @@ def moments(
         ProgramError: `rows_not_finite`, `bad_labels` for a wrong number of targets or parts.
     """
     n, exact = len(source), precision or precision_of(len(source), source.width)
-    t = _targets(targets, n)
+    t, level = _targets(targets, n)
     if part is not None and len(part) != n:
         raise errors.refuse("bad_labels", "part", f"{len(part)} parts for {n} rows")
     grams = [gram] * parts if isinstance(gram, bool) else gram
@@ -186,7 +186,7 @@ def moments(
             _share(block, t[here], None if part is None else part[here], sums)
         if not sums:
             raise errors.refuse("too_few_rows", "rows", "there are no rows")
-        return tuple(one.result() for one in sums)
+        return tuple(one.result(level) for one in sums)
 
 
 def _share(block: Block, t: Floats, part: Ints | None, sums: Sequence[_Sums]) -> None:
@@ -241,20 +241,24 @@ class _Sums:
         self._n += self._filled
         self._filled = 0
 
-    def result(self) -> Moments:
+    def result(self, level: Floats) -> Moments:
+        """The moments, when the targets are really higher by `level`."""
         self._multiply()
         d, gram, square, sums = len(self._pilot), self._gram, self._square, self._sums
         if gram is not None:
             gram, sums = gram[:d, :d].copy(), gram[d:, :d]
             square = gram.diagonal().copy()
-        total, cross = sums[0].copy(), sums[1:].T.copy()
+        total = sums[0].copy()
+        cross = sums[1:].T + np.outer(total, level)
         if not np.isfinite(total).all():
             raise errors.refuse("rows_not_finite", "rows", "a row holds NaN or an infinity")
         if not (np.isfinite(square).all() and np.isfinite(cross).all()):
             reason = "the rows are so large that their squares leave the range of the products"
             raise errors.refuse("rows_not_finite", "rows", reason)
-        pilot, sides = self._pilot.astype(np.float64), (self._target_sums, self._target_squares)
-        return Moments(self._n, pilot, total, square, gram, *sides, cross)
+        n, low = self._n, self._target_sums
+        target_square = self._target_squares + 2 * level * low + n * level**2
+        pilot = self._pilot.astype(np.float64)
+        return Moments(n, pilot, total, square, gram, low + n * level, target_square, cross)
 
 
 def _squares(x: Block | Floats) -> Floats:
@@ -272,11 +276,14 @@ def _pilot(block: Block) -> Floats:
     return np.where(np.isfinite(middle), middle, 0.0)
 
 
-def _targets(targets: npt.NDArray[Any] | None, n: int) -> Floats:
+def _targets(targets: npt.NDArray[Any] | None, n: int) -> tuple[Floats, Floats]:
+    """The targets [n, k] less a level [k]: their mean where it is far from 0 in units of their deviation."""
     if targets is None:
-        return np.zeros((n, 0))
+        return np.zeros((n, 0)), np.zeros(0)
     columns = np.asarray(targets, dtype=np.float64)
     columns = columns[:, None] if columns.ndim == 1 else columns
     if len(columns) != n:
         raise errors.refuse("bad_labels", "labels", f"{len(columns)} labels for {n} rows")
-    return columns
+    mean, deviation = columns.mean(axis=0), columns.std(axis=0)
+    level = np.where(np.abs(mean) > 4 * deviation, mean, 0.0)
+    return columns - level, level

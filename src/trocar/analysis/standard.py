@@ -73,12 +73,22 @@ def correlation(m: Moments, s: Standard) -> Floats:
     return out
 
 
-def curvature(m: Moments, penalty: float) -> Floats:
-    """[d, d]: the inverse of correlation + penalty, for preconditioning.
+def likely(m: Moments, s: Standard) -> Floats:
+    """[d, d]: the correlation of rows that are standardised by `s`, from moments of a sample of them.
+
+    A feature that the sample shows too little of has its full variance all the same: it must not look flat.
+    """
+    matrix = correlation(m, s)
+    np.fill_diagonal(matrix, np.maximum(matrix.diagonal(), 1.0))
+    return matrix
+
+
+def curvature(m: Moments, s: Standard, penalty: float) -> Floats:
+    """[d, d]: the inverse of the likely correlation + penalty, for preconditioning.
 
     What lies below 1e-5 of a feature's variance is rounding in a Gram matrix of float32 products, and is floored.
     """
-    matrix = correlation(m, standard(m))
+    matrix = likely(m, s)
     np.fill_diagonal(matrix, matrix.diagonal() + max(penalty, _FLOOR))
     identity = np.eye(len(matrix))
     out: Floats = cho_solve(cho_factor(matrix, check_finite=False), identity, check_finite=False)

@@ -8,6 +8,7 @@ This room knows nothing of models, programs, keys or budgets: whoever holds a `R
 """
 
 from trocar.store.artifacts import Artifact, ArtifactInfo
+from trocar.store.background import BackgroundWriter
 from trocar.store.bucket import Objects
 from trocar.store.ids import ArtifactId, HandleId
 from trocar.store.reader import HandleInfo, Reader, State
@@ -21,6 +22,7 @@ __all__ = [
     "Artifact",
     "ArtifactId",
     "ArtifactInfo",
+    "BackgroundWriter",
     "HandleId",
     "HandleInfo",
     "Objects",

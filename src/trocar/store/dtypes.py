@@ -54,9 +54,9 @@ def require_fits(vectors: Vectors, dtype: Dtype, path: str) -> None:
     """Refuses a finite number that would become an infinity (`bad_value`)."""
     if dtype == "float32" or not vectors.size:
         return
-    largest, least = vectors.max(), vectors.min()
+    least, largest = _tensor(np.require(vectors, requirements="W"), "float32").aminmax()
     limit = _TOO_LARGE[dtype]
-    if -limit < least and largest < limit:
+    if -limit < float(least) and float(largest) < limit:
         return
     magnitude = np.abs(vectors)  # NaN or an infinity hides what lies below it
     over = np.isfinite(vectors) & (magnitude >= limit)
@@ -73,6 +73,20 @@ def encode(vectors: Vectors, dtype: Dtype, out: Words) -> None:
     else:
         given = np.require(vectors, requirements="W")
         _tensor(out, dtype).copy_(_tensor(given, "float32"))
+
+
+class Widening:
+    """Widens rows of one array of words, block by block, into one buffer of float32."""
+
+    def __init__(self, words: Words, dtype: Dtype, buffer: Vectors) -> None:
+        self._buffer = buffer
+        self._from, self._into = _tensor(words, dtype), _tensor(buffer, "float32")
+
+    def rows(self, start: int, stop: int) -> Vectors:
+        """The rows from `start` to `stop`, not included; valid until the next call."""
+        n = stop - start
+        self._into[:n].copy_(self._from[start:stop])
+        return self._buffer[:n]
 
 
 def decode(words: Words, dtype: Dtype, out: Vectors) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final
 
 import duckdb
@@ -104,9 +105,15 @@ def matching(index: RowIndex, conditions: Mapping[str, Condition]) -> Ints:
     sql = (
         f"SELECT _id FROM (SELECT *{query.more} FROM {query.rows(index, named)}) WHERE {' AND '.join(tests)}"  # noqa: S608
     )
-    with duckdb.connect(":memory:", config=_SETTINGS) as connection:
-        found = connection.execute(sql, query.parameters).fetchnumpy()["_id"]
+    with _database().cursor() as cursor:
+        found = cursor.execute(sql, query.parameters).fetchnumpy()["_id"]
     return index.in_order(np.asarray(found, dtype=np.int64))
+
+
+@cache
+def _database() -> duckdb.DuckDBPyConnection:
+    """One for the process: nothing is kept in it, and starting one costs more than most queries."""
+    return duckdb.connect(":memory:", config=_SETTINGS)
 
 
 @dataclass(slots=True)

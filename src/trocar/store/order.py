@@ -30,11 +30,6 @@ class Run:
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def cut(self, most: int) -> Iterator[Run]:
-        """The same rows in pieces of at most so many."""
-        for start in range(self.start, self.stop, most):
-            yield Run(self.shard, start, min(start + most, self.stop))
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mix:

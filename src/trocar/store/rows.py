@@ -27,7 +27,6 @@ FIXED: Final = ("prompt", "position", "token_id", "token", "phase", "role", "spl
 _RESERVED: Final = (*FIXED, "site", "layer", "row", "file_index", "file_row_number", "filename")
 _MOST_PROMPTS: Final = 1 << 38
 _MOST_POSITIONS: Final = 1 << 24
-_PHASES: Final = ("prompt", "gen")
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
@@ -113,9 +112,10 @@ class RowTable:
             raise errors.refuse(
                 "bad_value", "rows", "a row of a whole prompt has no token, and no other row lacks one"
             )
-        odd = set(np.unique(self.phase)) - set(_PHASES)
-        if odd:
-            raise errors.refuse("bad_value", "rows.phase", f"{min(odd)!r} is neither 'prompt' nor 'gen'")
+        odd = (self.phase != "prompt") & (self.phase != "gen")
+        if odd.any():
+            reason = f"{self.phase[odd][0]!r} is neither 'prompt' nor 'gen'"
+            raise errors.refuse("bad_value", "rows.phase", reason)
         return self
 
     def _columns(self) -> Iterable[tuple[str, npt.NDArray[Any]]]:
@@ -214,6 +214,6 @@ def _ints(name: str, values: Sequence[int] | Ints) -> Ints:
 def _texts(path: str, values: Sequence[Any] | npt.NDArray[Any], *, or_none: bool = False) -> Texts:
     array = np.empty(len(values), dtype=object)
     array[:] = values.tolist() if isinstance(values, np.ndarray) else values
-    if not all(isinstance(v, str) or (or_none and v is None) for v in array):
+    if not set(map(type, array)) <= ({str, type(None)} if or_none else {str}):
         raise errors.refuse("bad_value", path, "a value is not a string")
     return array

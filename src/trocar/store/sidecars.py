@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from trocar.store.rows import FIXED, Ints, Labels, RowTable, Texts
 
+_PHASES: Final = pa.array(["prompt", "gen"])
 _GROUP_ROWS: Final = 1 << 17
 
 
@@ -27,7 +28,7 @@ def pack(table: RowTable) -> bytes:
         "position": pa.array(table.position),
         "token_id": pa.array(table.token_id),
         "token": pa.array(table.token, type=pa.string()),
-        "phase": pa.array(table.phase.tolist(), type=pa.string()),
+        "phase": _PHASES.take(pa.array((table.phase == "gen").astype(np.int8))),
     }
     for name in ("role", "split"):
         column = getattr(table, name)

@@ -161,20 +161,26 @@ class _Pass:
         self._touched_bytes = 0
 
     def blocks(self, pieces: Iterator[Piece]) -> Iterator[Vectors]:
+        most = max(1, len(self._buffer))
         for piece in pieces:
-            for cut in piece.cut(max(1, len(self._buffer))):
-                yield self._run(cut) if isinstance(cut, Run) else self._mix(cut)
+            if isinstance(piece, Run):
+                yield from self._run(piece, most)
+            else:
+                for cut in piece.cut(most):
+                    yield from self._run(cut, most) if isinstance(cut, Run) else [self._mix(cut)]
 
-    def _run(self, run: Run) -> Vectors:
+    def _run(self, run: Run, most: int) -> Iterator[Vectors]:
         if run.shard not in self._mapped:
             self._mapped.clear()
             self._ahead(run.shard + 1)
-        words = self._words(run.shard, len(run))[run.start : run.stop]
+        words = self._words(run.shard, len(run))
         if self._files.dtype == "float32":
-            return words  # type: ignore[return-value]
-        out = self._buffer[: len(run)]
-        dtypes.decode(words, self._files.dtype, out)
-        return out
+            for start in range(run.start, run.stop, most):
+                yield words[start : min(start + most, run.stop)]  # type: ignore[misc]
+            return
+        widening = dtypes.Widening(words, self._files.dtype, self._buffer)
+        for start in range(run.start, run.stop, most):
+            yield widening.rows(start, min(start + most, run.stop))
 
     def _ahead(self, shard: int) -> None:
         if shard < len(self._files.files):

@@ -44,6 +44,19 @@ def test_a_sample_is_enough_to_know_the_rows_by(monkeypatch: pytest.MonkeyPatch)
         np.testing.assert_allclose(a.weights, b.weights, rtol=1e-4, atol=1e-6)
 
 
+def test_what_the_sample_does_not_show_is_fitted_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A feature that is zero in the sample, and a hundred times as large as any other where it is not."""
+    monkeypatch.setattr("trocar.analysis.site.NEAR_PER_WIDTH", 1)
+    x, signs = data(20_000)
+    x[:, 0] = 0
+    seldom = np.flatnonzero(many.sampled(20_000, 6) == 0)[::40]
+    x[seldom, 0] = 100 * np.random.default_rng(4).standard_normal(len(seldom)) + 50 * signs[0, seldom]
+    some = logistic_many(ArraySource(x), signs, l2=1.0)
+    whole = logistic_many(ArraySource(x), signs, l2=1.0, known=moments(ArraySource(x))[0])
+    assert max(f.passes for f in some) < 40
+    assert [f.objective for f in some] == pytest.approx([f.objective for f in whole], rel=1e-6)
+
+
 def test_rows_that_no_probe_uses_are_not_read() -> None:
     x, signs = data()
     signs[:, 500:] = 0

@@ -87,6 +87,23 @@ def test_float32_products_keep_outlier_features() -> None:
     assert abs(naive[0, 0] / x[:, 0].astype(np.float64).var() - 1) > 1e-5
 
 
+def test_targets_far_from_zero_keep_their_digits() -> None:
+    """Times in seconds since 1970: float32 knows them to two minutes."""
+    x = rows(3000, 4)
+    t = 1.7e9 + 1e4 * np.random.default_rng(3).standard_normal((3000, 1)) + 1e3 * x[:, 1:2]
+    (m,) = moments(ArraySource(x), targets=t, precision="float32")
+    x64 = x.astype(np.float64)
+    expected = (x64 - x64.mean(axis=0)).T @ (t - t.mean()) / len(x)
+    np.testing.assert_allclose(
+        m.cross_covariance[:, 0] / x64.std(axis=0) / t.std(),
+        expected[:, 0] / x64.std(axis=0) / t.std(),
+        atol=3e-6,
+    )
+    assert np.sqrt(m.target_square[0] / 3000 - (m.target_total[0] / 3000) ** 2) == pytest.approx(
+        t.std(), rel=1e-3
+    )
+
+
 def test_sums_alone_cost_no_gram_matrix() -> None:
     x = rows(100, 6)
     (m,) = moments(ArraySource(x), gram=False)
