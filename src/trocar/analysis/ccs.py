@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from trocar import errors
-from trocar.analysis import scans
+from trocar.analysis import streams
 from trocar.analysis.joined import Beside, Difference, Subset, require_equal_width
 from trocar.analysis.labels import Floats, Given, Ints
+from trocar.analysis.moments import moments
 from trocar.analysis.pairs import PairTrial, Verdict, judge, plan
 from trocar.analysis.results import Vector
 from trocar.analysis.source import Block, Source
@@ -169,8 +170,8 @@ def crc(
         ProgramError: as `ccs`.
     """
     trial, pairs, centre = _prepare(yes, no, labels, groups, test_fraction, seed)
-    _, products = scans.covariance(Difference(Subset(yes, trial.fitted), Subset(no, trial.fitted)))
-    values, vectors = np.linalg.eigh(products * np.outer(centre.inverse, centre.inverse))
+    (differences,) = moments(Difference(Subset(yes, trial.fitted), Subset(no, trial.fitted)))
+    values, vectors = np.linalg.eigh(differences.covariance * np.outer(centre.inverse, centre.inverse))
     if values[-1] <= 0:
         raise errors.refuse("too_few_rows", "rows", "the differences of the pairs are all equal")
     found = vectors[:, -1] * 2 / np.sqrt(values[-1])
@@ -193,11 +194,9 @@ def _prepare(
 ) -> tuple[PairTrial, Beside, _Centre]:
     pairs = _pairs(yes, no, yes.width)
     trial = plan(len(pairs), labels, groups, test_fraction, seed)
-    mean, variance = scans.column_moments(Subset(pairs, trial.fitted))
-    width = yes.width
-    pooled = (variance[:width] + variance[width:]) / 2
-    inverse = scans.inverse((np.abs(mean[:width]) + np.abs(mean[width:])) / 2, pooled)
-    return trial, pairs, _Centre(mean[:width], mean[width:], inverse)
+    (a,), (b,) = (moments(Subset(side, trial.fitted), gram=False) for side in (yes, no))
+    inverse = streams.inverse((np.abs(a.mean) + np.abs(b.mean)) / 2, (a.variance + b.variance) / 2)
+    return trial, pairs, _Centre(a.mean, b.mean, inverse)
 
 
 def _pairs(yes: Source, no: Source, width: int) -> Beside:
@@ -220,7 +219,7 @@ def _minimise(
     adam = torch.optim.AdamW(unit, lr=rate, weight_decay=decay)
     width, taken = pairs.width // 2, 0
     while taken < steps:
-        for rows, _ in scans.shuffled(pairs, BATCH, rng):
+        for rows, _ in streams.shuffled(pairs, BATCH, rng):
             yes, no = (torch.from_numpy(x) for x in centre.apply(rows[:, :width], rows[:, width:]))
             adam.zero_grad(set_to_none=True)
             _loss(yes @ unit[0] + unit[1], no @ unit[0] + unit[1]).mean(dim=0).sum().backward()  # type: ignore[no-untyped-call]
@@ -253,7 +252,7 @@ def _sides(pairs: Source, weights: Floats) -> Floats:
     """
     width, k = weights.shape
     out, start = np.empty((len(pairs), 2 * k)), 0
-    for rows in scans.finite(pairs):
+    for rows in streams.finite(pairs):
         for side, at in ((rows[:, :width], 0), (rows[:, width:], k)):
             out[start : start + len(rows), at : at + k] = side.astype(np.float64) @ weights
         start += len(rows)

@@ -16,8 +16,9 @@ import numpy.typing as npt
 from sklearn.cluster import KMeans
 
 from trocar import errors
-from trocar.analysis import scans
+from trocar.analysis import streams
 from trocar.analysis.labels import Floats, Ints
+from trocar.analysis.moments import moments
 from trocar.analysis.source import Block, Source
 
 MAX_CLUSTERS: Final = 4096
@@ -56,7 +57,7 @@ class Clusters:
             raise errors.refuse("width_mismatch", "rows", reason)
         found, start = np.empty(len(source), dtype=np.int32), 0
         nearest = _Nearest(self.centroids)
-        for block in scans.finite(source):
+        for block in streams.finite(source):
             found[start : start + len(block)] = nearest.of(block)
             start += len(block)
         return found
@@ -92,7 +93,7 @@ class _Nearest:
 def kmeans(source: Source, clusters: int, *, seed: int = 0, restarts: int = 3, passes: int = 20) -> Clusters:
     """k-means by k-means++ (Arthur and Vassilvitskii 2007) on a sample, then exact passes over all rows.
 
-    The sample (up to 16,384 rows, and a quarter of `scans.BUFFER_BYTES`) is clustered from `restarts` starts
+    The sample (up to 16,384 rows, and a quarter of `streams.BUFFER_BYTES`) is clustered from `restarts` starts
     by scikit-learn; the best goes on over all rows until a pass lowers the inertia by less than 1e-4 of itself.
     A cluster that loses all its rows keeps its centroid. Memory: the sample and three times the centroids.
 
@@ -114,22 +115,22 @@ def kmeans(source: Source, clusters: int, *, seed: int = 0, restarts: int = 3, p
     if seed < 0:
         raise errors.refuse("bad_value", "seed", f"{seed!r} is negative")
     centroids = _start(source, clusters, seed, restarts)
-    mean, variance = scans.column_moments(source)
+    (every,) = moments(source, gram=False)
     inertia, settled, done = np.inf, False, 0
     while not settled and done < passes:
-        sums, sizes, found = _pass(source, centroids, mean)
+        sums, sizes, found = _pass(source, centroids, every.mean)
         done, settled, inertia = done + 1, inertia - found <= SETTLED * found, found
         if not settled and done < passes:
-            centroids = _moved(centroids, sums, sizes, mean)
+            centroids = _moved(centroids, sums, sizes, every.mean)
     order = np.argsort(-sizes, kind="stable")
-    total = float(variance.sum()) * len(source)
+    total = float(every.variance.sum()) * len(source)
     explained = 1 - inertia / total if total > 0 else 1.0
     return Clusters(centroids[order], sizes[order], inertia, explained, done, settled)
 
 
 def _start(source: Source, clusters: int, seed: int, restarts: int) -> Block:
-    most = max(clusters, min(SAMPLE_ROWS, scans.buffer_rows(source.width) // 4))
-    rows = scans.rows_at(source, scans.sample(len(source), most, seed))
+    most = max(clusters, min(SAMPLE_ROWS, streams.buffer_rows(source.width) // 4))
+    rows = streams.rows_at(source, streams.sample(len(source), most, seed))
     different = len(np.unique(rows, axis=0))
     if different < clusters:
         reason = f"{len(rows)} rows were drawn, of which {different} differ; there are {clusters} clusters"
@@ -144,7 +145,7 @@ def _pass(source: Source, centroids: Block, mean: Floats) -> tuple[Floats, Ints,
     """Sums about the mean [K, D], sizes [K] and the inertia of an assignment to fixed centroids."""
     sums, sizes = np.zeros(centroids.shape), np.zeros(len(centroids), dtype=np.int64)
     nearest, inertia = _Nearest(centroids), 0.0
-    for block in scans.finite(source):
+    for block in streams.finite(source):
         chosen = nearest.of(block)
         apart = block - centroids[chosen]
         inertia += float(np.einsum("nd,nd->", apart, apart, dtype=np.float64))

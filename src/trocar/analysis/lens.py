@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, layer_norm, log_softmax, rms_norm
 
 from trocar import errors
-from trocar.analysis import scans
+from trocar.analysis import streams
 from trocar.analysis.joined import Beside, Subset, require_equal_width, together
 from trocar.analysis.labels import Floats, Given, Ints
+from trocar.analysis.moments import moments
 from trocar.analysis.pairs import PairTrial, plan
 from trocar.analysis.results import Vector
 from trocar.analysis.source import Block, Source
@@ -32,7 +33,7 @@ from trocar.analysis.training import Pace, array, descend, require_pace, zeros
 
 Method = Literal["least_squares", "kl"]
 Norm = Literal["rms", "layer", "none"]
-KL_PACE: Final = Pace(steps=300, patience=100, every=25, rate=1e-3, decay=0.0)
+KL_PACE: Final = Pace(steps=300, patience=100, every=25, rate=2e-4, decay=0.0)
 BATCH: Final = 64
 STOP_ROWS: Final = 256
 KL_ROWS: Final = 1024
@@ -192,8 +193,8 @@ class _Translator(nn.Module):
 
 
 def _closed_form(x: Source, y: Source, l2: float) -> _Translator:
-    found = scans.residuals(x, y)
-    inverse = scans.inverse(found.mean, np.maximum(np.diag(found.own), 0.0))
+    found = streams.residuals(x, y)
+    inverse = streams.inverse(found.mean, np.maximum(np.diag(found.own), 0.0))
     correlation = found.own * np.outer(inverse, inverse)
     penalised = correlation + l2 * np.eye(x.width)
     weights = np.linalg.solve(penalised, inverse[:, None] * found.cross)
@@ -209,12 +210,12 @@ def _unexplained(
     sides = []
     for keep in (~trial.fitted, trial.fitted):
         target = Subset(y, keep)
-        _, variance = scans.column_moments(target)
+        (spread,) = moments(target, gram=False)
         left = as_is = 0.0
         for a, b in together(Subset(x, keep), target):
             left += float(np.square(a @ weights + bias - b, dtype=np.float64).sum())
             as_is += float(np.square(a - b, dtype=np.float64).sum())
-        total = float(variance.sum()) * len(target)
+        total = float(spread.variance.sum()) * len(target)
         if not total > 0:
             reason = f"the {len(target)} rows of one side are all equal at the last layer"
             raise errors.refuse("too_few_rows", "rows", reason)
@@ -229,15 +230,15 @@ def _train(pairs: Source, trial: PairTrial, net: _Translator, unembedding: Unemb
     if not len(within.test):
         reason = "the rows to train on are one group; a part of them decides when training stops"
         raise errors.refuse("too_few_rows", "groups", reason)
-    stops = within.test[scans.sample(len(within.test), STOP_ROWS, trial.seed)]
-    held_rows = torch.from_numpy(scans.rows_at(pairs, train[stops]))
+    stops = within.test[streams.sample(len(within.test), STOP_ROWS, trial.seed)]
+    held_rows = torch.from_numpy(streams.rows_at(pairs, train[stops]))
     parts = [held_rows[i : i + BATCH] for i in range(0, len(stops), BATCH)]
     keep = np.zeros(len(pairs), dtype=bool)
     keep[train[within.train]] = True
     rng = np.random.default_rng([trial.seed, 8])
 
     def batches() -> Iterator[Tensor]:
-        for rows, _ in scans.shuffled(Subset(pairs, keep), BATCH, rng):
+        for rows, _ in streams.shuffled(Subset(pairs, keep), BATCH, rng):
             yield torch.from_numpy(rows)
 
     def loss(rows: Tensor) -> Tensor:
@@ -256,7 +257,7 @@ def _divergence(
     pairs: Source, trial: PairTrial, found: tuple[Block, Vector], unembedding: Unembedding
 ) -> dict[str, float]:
     test, width = trial.split.test, pairs.width // 2
-    rows = scans.rows_at(pairs, test[scans.sample(len(test), KL_ROWS, trial.seed)])
+    rows = streams.rows_at(pairs, test[streams.sample(len(test), KL_ROWS, trial.seed)])
     sums = np.zeros(4)
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]

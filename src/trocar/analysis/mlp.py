@@ -17,17 +17,18 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from trocar import errors
-from trocar.analysis import numbers, scans
+from trocar.analysis import numbers, streams
 from trocar.analysis.joined import Subset
 from trocar.analysis.labels import Floats, Given, Ints
 from trocar.analysis.results import ClassMetrics, Vector
-from trocar.analysis.scans import Scale
 from trocar.analysis.source import Block, Source
+from trocar.analysis.streams import Scale
 from trocar.analysis.training import Pace, array, descend, drawn, require_pace, zeros
 from trocar.analysis.trial import Trial, plan
 from trocar.analysis.verdict import inner, judge
 
 MAX_HIDDEN: Final = 4096
+STOP_ROWS: Final = 8192
 _PARTS: Final = ("mean", "inverse", "first", "first_bias", "second", "bias")
 
 
@@ -62,7 +63,7 @@ class Mlp:
             reason = f"the probe takes rows of width {len(self.first)}, not {source.width}"
             raise errors.refuse("width_mismatch", "rows", reason)
         out, start = np.empty(len(source)), 0
-        for block in scans.finite(source):
+        for block in streams.finite(source):
             out[start : start + len(block)] = self.of_block(block)
             start += len(block)
         return out
@@ -115,9 +116,9 @@ def mlp(
 ) -> MlpFit:
     """Fits an MLP probe with AdamW and tests it on held-out rows.
 
-    Rows stream in an order that is shuffled anew at each pass (`scans.shuffled`); a fifth of the train
-    side, split off by groups, decides when to stop. The control is a second network that sees the same
-    batches with shuffled labels. Memory: `scans.BUFFER_BYTES` twice, and the scores.
+    Rows stream in an order that is shuffled anew at each pass (`streams.shuffled`); a fifth of the train
+    side, split off by groups, up to 8,192 rows of it, decides when to stop. The control is a second network
+    that sees the same batches with shuffled labels. Memory: `streams.BUFFER_BYTES` twice, and the scores.
 
     Args:
         labels, groups: as in `analysis.fit`: n ints or bools of two values; n ints or strings.
@@ -171,15 +172,16 @@ def _train(
     keep = np.zeros(len(trial.y), dtype=bool)
     keep[within.train] = True
     fitted = Subset(source, keep)
-    scale = scans.scale(fitted)
+    scale = streams.scale(fitted)
     rng = np.random.default_rng([trial.seed, 4])
     nets = [_Net(source.width, hidden, rng) for _ in range(2)]
-    stops = within.test[scans.sample(len(within.test), scans.buffer_rows(source.width), trial.seed)]
-    held_z = torch.from_numpy(scale.apply(scans.rows_at(source, stops)))
+    most = min(STOP_ROWS, streams.buffer_rows(source.width))
+    stops = within.test[streams.sample(len(within.test), most, trial.seed)]
+    held_z = torch.from_numpy(scale.apply(streams.rows_at(source, stops)))
     targets = [torch.from_numpy(t.astype(np.float32)) for t in (trial.y, trial.control)]
 
     def batches() -> Iterator[tuple[Tensor, Ints]]:
-        for rows, index in scans.shuffled(fitted, batch, rng):
+        for rows, index in streams.shuffled(fitted, batch, rng):
             yield torch.from_numpy(scale.apply(rows)), within.train[index]
 
     def loss(i: int, given: tuple[Tensor, Ints]) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trocar import errors
-from trocar.analysis import scans
+from trocar.analysis import streams
 from trocar.analysis.labels import Ints
 from trocar.analysis.source import Block, Source
 
@@ -59,7 +59,7 @@ def nearest(
     own = np.full(len(given), -1) if leave_out is None else leave_out
     best = np.full((len(given), k), -np.inf, dtype=np.float32)
     rows, start = np.full((len(given), k), -1, dtype=np.int64), 0
-    for block in scans.finite(source):
+    for block in streams.finite(source):
         scores = given @ block.T
         if metric == "cosine":
             lengths = np.sqrt(np.einsum("nd,nd->n", block, block))
@@ -85,7 +85,7 @@ def nearest_to_rows(source: Source, index: Ints, k: int, *, metric: Metric = "co
     Raises:
         ProgramError: as `nearest`, and `bad_value` for a number that no row has or a row of zeros.
     """
-    return nearest(source, scans.rows_at(source, index), k, metric=metric, leave_out=index)
+    return nearest(source, streams.rows_at(source, index), k, metric=metric, leave_out=index)
 
 
 def _queries(source: Source, queries: npt.NDArray[Any], k: int, metric: str, leave_out: Ints | None) -> Block:
@@ -110,8 +110,8 @@ def _queries(source: Source, queries: npt.NDArray[Any], k: int, metric: str, lea
 
 def require_vectors(vectors: Block, path: str) -> Block:
     """Refuses with `not_finite` what cannot be multiplied."""
-    if not (np.abs(vectors) <= scans.LARGEST).all():
-        reason = f"a vector holds NaN, an infinity or a number beyond {scans.LARGEST:g}"
+    if not (np.abs(vectors) <= streams.LARGEST).all():
+        reason = f"a vector holds NaN, an infinity or a number beyond {streams.LARGEST:g}"
         raise errors.refuse("not_finite", path, reason)
     return vectors
 

@@ -15,7 +15,9 @@ from typing import Final
 from trocar.analysis.results import ClassMetrics
 
 CLASS: Final = (
-    "auroc", "auroc_low", "auroc_high", "auroc_shuffled", "auroc_train", "accuracy", "accuracy_train",
+    "auroc", "auroc_low", "auroc_high", "auroc_shuffled", "auroc_train",
+    "accuracy", "accuracy_low", "accuracy_high", "accuracy_train",
+    "brier", "brier_low", "brier_high", "ece", "ece_low", "ece_high",
 )  # fmt: skip
 _PAIRS: Final = ("loss", "loss_train", "consistency", "confidence")
 _PAIRS_LABELLED: Final = (
@@ -74,14 +76,17 @@ ARRAYS: Final[Mapping[str, Mapping[str, Leaves]]] = MappingProxyType(
 
 
 def of_classes(metrics: ClassMetrics) -> dict[str, float]:
-    """The numbers of `CLASS`."""
-    low, high = metrics.interval
-    return {
-        "auroc": metrics.test_auroc,
-        "auroc_low": low,
-        "auroc_high": high,
-        "auroc_shuffled": metrics.control_auroc,
-        "auroc_train": metrics.train_auroc,
-        "accuracy": metrics.test_accuracy,
-        "accuracy_train": metrics.train_accuracy,
-    }
+    """The numbers of `CLASS`.
+
+    Raises:
+        ValueError: the probe gives no probabilities.
+    """
+    c = metrics.calibration
+    if c is None:
+        raise ValueError("a probe without probabilities has no calibration")
+    values = (
+        metrics.test_auroc, *metrics.interval, metrics.control_auroc, metrics.train_auroc,
+        metrics.test_accuracy, *metrics.accuracy_interval, metrics.train_accuracy,
+        c.brier, *c.brier_interval, c.ece, *c.ece_interval,
+    )  # fmt: skip
+    return dict(zip(CLASS, values, strict=True))

@@ -15,9 +15,10 @@ import numpy.typing as npt
 from sklearn.manifold import TSNE
 
 from trocar import errors
-from trocar.analysis import scans
+from trocar.analysis import streams
 from trocar.analysis.joined import Subset
 from trocar.analysis.labels import Floats, Ints
+from trocar.analysis.moments import moments
 from trocar.analysis.source import Block, Source
 
 Method = Literal["pca", "tsne"]
@@ -72,15 +73,15 @@ def picture(
     """
     n = min(points, len(source))
     _require(source, method, points, perplexity, n, seed)
-    mean, products = scans.covariance(source)
-    values, vectors = np.linalg.eigh(products)
+    (every,) = moments(source)
+    values, vectors = np.linalg.eigh(every.covariance)
     values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1]
     if not values[0] > 0:
         raise errors.refuse("too_few_rows", "rows", f"the {len(source)} rows are all equal")
     axes = vectors[:, : 2 if method == "pca" else COMPONENTS]
     axes = axes * np.where(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])] >= 0, 1.0, -1.0)
-    index = scans.sample(len(source), n, seed)
-    places = _places(source, index, mean, axes)
+    index = streams.sample(len(source), n, seed)
+    places = _places(source, index, every.mean, axes)
     if method == "tsne":
         model = TSNE(2, perplexity=perplexity, init="pca", random_state=seed, method="barnes_hut", n_jobs=1)
         places = model.fit_transform(places.astype(np.float32)).astype(np.float64)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trocar import errors
-from trocar.analysis import scans
+from trocar.analysis import streams
 from trocar.analysis.labels import Floats, Ints
 from trocar.analysis.neighbours import require_vectors, unit
 from trocar.analysis.source import Block, Source
@@ -76,7 +76,7 @@ def project(
     weights, start = given.T.astype(np.float64), 0
     shift = np.zeros(k) if biases is None else biases.astype(np.float64)
     scores = np.empty((len(source), k), dtype=np.float32)
-    for block in scans.finite(source):
+    for block in streams.finite(source):
         scores[start : start + len(block)] = block.astype(np.float64) @ weights + shift
         start += len(block)
     return Projection(scores)

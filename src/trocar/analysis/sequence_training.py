@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from trocar.analysis import scans
+from trocar.analysis import streams
 from trocar.analysis.aggregate import How
 from trocar.analysis.joined import Subset
 from trocar.analysis.labels import Ints
-from trocar.analysis.scans import Scale
 from trocar.analysis.source import Block, Source
+from trocar.analysis.streams import Scale
 from trocar.analysis.training import Pace, descend, drawn, zeros
 from trocar.analysis.trial import Trial
 from trocar.analysis.verdict import inner
@@ -84,7 +84,7 @@ def train(
 ) -> tuple[list[Net], Scale, int]:
     """The probe and its control on shuffled labels, and the steps until the probe's best state."""
     within = inner(trial)
-    scale = scans.scale(Subset(source, _rows_of(within.train, starts)))
+    scale = streams.scale(Subset(source, _rows_of(within.train, starts)))
     rng = np.random.default_rng([trial.seed, 7])
     nets = [Net(how, source.width, shape, rng) for _ in range(2)]
     targets = [torch.from_numpy(t.astype(np.float32)) for t in (trial.y, trial.control)]
@@ -97,7 +97,7 @@ def train(
     def loss(i: int, given: Prompts) -> Tensor:
         return binary_cross_entropy_with_logits(nets[i](given), targets[i][given.index])
 
-    stops = list(prepared(_fitting(rng.permutation(within.test), starts, scans.buffer_rows(source.width))))
+    stops = list(prepared(_fitting(rng.permutation(within.test), starts, streams.buffer_rows(source.width))))
     n_stops = sum(len(b.index) for b in stops)
 
     def held(i: int) -> float:
@@ -112,13 +112,13 @@ def whole_prompts(
 ) -> Iterator[tuple[Block, Ints, Ints]]:
     """All rows of the prompts `index`, each prompt once, in random order, `batch` prompts at a time.
 
-    Prompts are dealt at random into passes as rows are in `scans.shuffled`; no prompt has more than `room` rows.
+    Prompts are dealt at random into passes as rows are in `streams.shuffled`; no prompt has more than `room` rows.
 
     Yields:
         Rows of the batch end to end, the place of each row's prompt in the batch, the prompts' numbers.
     """
-    lengths, room = np.diff(starts), scans.buffer_rows(source.width) if room is None else room
-    parts = min(scans.MAX_PARTS, -(-int(lengths[index].sum()) // room))
+    lengths, room = np.diff(starts), streams.buffer_rows(source.width) if room is None else room
+    parts = min(streams.MAX_PARTS, -(-int(lengths[index].sum()) // room))
     dealt = rng.permutation(index)
     for p in range(parts):
         mine = np.sort(dealt[p::parts])

@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from trocar import errors
-from trocar.analysis import numbers, scans
+from trocar.analysis import numbers, streams
 from trocar.analysis.aggregate import HOW, How, Running, starts_of
 from trocar.analysis.labels import Floats, Given, Ints
 from trocar.analysis.results import ClassMetrics, Vector
-from trocar.analysis.scans import Scale
 from trocar.analysis.sequence_training import Net, train
 from trocar.analysis.source import Block, Source
+from trocar.analysis.streams import Scale
 from trocar.analysis.training import Pace, array, require_pace
 from trocar.analysis.trial import Trial, plan
 from trocar.analysis.verdict import judge
@@ -79,7 +79,7 @@ class SequenceProbe:
         starts = starts_of(prompt, len(source))
         running = Running(self.how, len(starts) - 1, self.values.shape[1])
         number, done = np.repeat(np.arange(len(starts) - 1), np.diff(starts)), 0
-        for block in scans.finite(source):
+        for block in streams.finite(source):
             running.add(number[done : done + len(block)], *self.heads(block))
             done += len(block)
         return running.totals() + float(self.bias[0])
@@ -155,7 +155,7 @@ def sequence_probe(
 
     Raises:
         ProgramError: `bad_labels`, `too_few_rows`, `rows_mismatch`, `rows_not_finite`, `bad_value`,
-            `too_expensive` for a prompt whose rows do not fit in `scans.BUFFER_BYTES`.
+            `too_expensive` for a prompt whose rows do not fit in `streams.BUFFER_BYTES`.
         RunFailed: `fit_not_converged` when the loss is no longer finite.
     """
     pace = pace or Pace()
@@ -204,7 +204,7 @@ def _require_prompts(source: Source, starts: Ints, trial: Trial) -> None:
     if len(trial.y) != len(starts) - 1:
         reason = f"{len(trial.y)} labels for {len(starts) - 1} prompts"
         raise errors.refuse("bad_labels", "labels", reason)
-    longest, room = int(np.diff(starts).max()), scans.buffer_rows(source.width)
+    longest, room = int(np.diff(starts).max()), streams.buffer_rows(source.width)
     if longest > room:
         reason = f"a prompt has {longest} rows; training holds {room} rows of width {source.width}"
         raise errors.refuse(

@@ -32,7 +32,7 @@ def parity(n: int = 900, width: int = 8, seed: int = 0) -> tuple[Rows, Ints]:
 
 def test_it_learns_parity_which_a_linear_probe_cannot() -> None:
     x, y = parity()
-    found = mlp(ArraySource(x), y, hidden=16)
+    found = mlp(ArraySource(x), y, hidden=16, pace=Pace(steps=500))
     linear = fit("logistic", {"resid_post.0": x}, y)
     assert linear.sites["resid_post.0"].metrics.headline < 0.65
     assert found.metrics.test_auroc > 0.93

@@ -11,7 +11,7 @@ import torch
 from scipy.special import softmax
 
 from trocar import errors
-from trocar.analysis import scans
+from trocar.analysis import streams
 from trocar.analysis.aggregate import HOW, How, Running, starts_of
 from trocar.analysis.numbers import NUMBERS
 from trocar.analysis.sequence_training import Net, Prompts, whole_prompts
@@ -218,7 +218,7 @@ def test_refusals(change: dict[str, Any], code: str, path: str) -> None:
 
 def test_a_prompt_that_training_cannot_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     x, prompt, y = haystacks(40)
-    monkeypatch.setattr(scans, "BUFFER_BYTES", 30 * 8 * 4)
+    monkeypatch.setattr(streams, "BUFFER_BYTES", 30 * 8 * 4)
     with pytest.raises(errors.ProgramError, match="training holds 30 rows"):
         run("max", x, prompt, y)
 

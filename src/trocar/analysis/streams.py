@@ -1,4 +1,4 @@
-"""What a pass over a source gives: checked blocks, chosen rows, moments, and rows in random order.
+"""What passes over a source give beside `moments`: checked blocks, chosen rows, and rows in random order.
 
 Each function holds one block, what it returns, and at most `BUFFER_BYTES` of rows.
 """
@@ -14,6 +14,7 @@ import numpy as np
 from trocar import errors
 from trocar.analysis.joined import Beside, Subset
 from trocar.analysis.labels import Floats, Ints
+from trocar.analysis.moments import moments
 from trocar.analysis.results import Vector
 from trocar.analysis.source import BLOCK_ROWS, Block, Source
 
@@ -90,14 +91,14 @@ class Scale:
         return z
 
 
-def scale(source: Source, path: str = "rows") -> Scale:
+def scale(source: Source) -> Scale:
     """Mean and deviation of each column, in one pass.
 
     Raises:
-        ProgramError: `rows_not_finite`.
+        ProgramError: `rows_not_finite`, `too_few_rows` for no rows.
     """
-    mean, square = column_moments(source, path)
-    return Scale(mean.astype(np.float32), inverse(mean, square).astype(np.float32))
+    (found,) = moments(source, gram=False)
+    return Scale(found.mean.astype(np.float32), inverse(found.mean, found.variance).astype(np.float32))
 
 
 def inverse(mean: Floats, variance: Floats) -> Floats:
@@ -105,47 +106,6 @@ def inverse(mean: Floats, variance: Floats) -> Floats:
     deviation = np.sqrt(variance)
     varies = deviation > np.maximum(_ROUNDING * np.abs(mean), _SMALLEST)
     return np.divide(1.0, deviation, out=np.zeros_like(deviation), where=varies)
-
-
-def column_moments(source: Source, path: str = "rows") -> tuple[Floats, Floats]:
-    """Mean and variance of each column, float64 [width]; sums run about the mean of the first block.
-
-    Raises:
-        ProgramError: `rows_not_finite`.
-    """
-    pilot: Floats | None = None
-    total, square = np.zeros(source.width), np.zeros(source.width)
-    for block in finite(source, path):
-        x = block.astype(np.float64)
-        pilot = x.mean(axis=0) if pilot is None else pilot
-        x -= pilot
-        total += x.sum(axis=0)
-        square += np.einsum("nd,nd->d", x, x)
-    n = max(len(source), 1)
-    shift = total / n
-    mean = shift if pilot is None else pilot + shift
-    return mean, np.maximum(square / n - shift**2, 0.0)
-
-
-def covariance(source: Source, path: str = "rows") -> tuple[Floats, Floats]:
-    """Mean float64 [width] and covariance float64 [width, width] (over n), in one pass.
-
-    Products are float32 within a block, about the mean of the first one, and float64 across blocks.
-
-    Raises:
-        ProgramError: `rows_not_finite`.
-    """
-    pilot: Block | None = None
-    total, square = np.zeros(source.width), np.zeros((source.width, source.width))
-    for block in finite(source, path):
-        pilot = block.mean(axis=0) if pilot is None else pilot
-        z = block - pilot
-        total += z.sum(axis=0, dtype=np.float64)
-        square += z.T @ z
-    n = max(len(source), 1)
-    shift = total / n
-    mean = shift if pilot is None else pilot + shift
-    return mean, square / n - np.outer(shift, shift)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -165,8 +125,10 @@ class Residuals:
     variance: Floats
 
 
-def residuals(x: Source, y: Source, path: str = "rows") -> Residuals:
-    """One pass over both; products as in `covariance`.
+def residuals(x: Source, y: Source) -> Residuals:
+    """One pass over both: half the memory of `moments` of both side by side.
+
+    Products are float32 within a block, about the mean of the first one, and float64 across blocks.
 
     Raises:
         ProgramError: `rows_not_finite`, `rows_mismatch`.
@@ -175,7 +137,7 @@ def residuals(x: Source, y: Source, path: str = "rows") -> Residuals:
     pilot: Block | None = None
     total, square = np.zeros(2 * width), np.zeros(width)
     own, cross = np.zeros((width, width)), np.zeros((width, width))
-    for both in finite(Beside(x, y), path):
+    for both in finite(Beside(x, y)):
         both[:, width:] -= both[:, :width]
         pilot = both.mean(axis=0) if pilot is None else pilot
         z, r = np.split(both - pilot, 2, axis=1)
