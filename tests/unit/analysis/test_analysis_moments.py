@@ -35,7 +35,7 @@ def agree(m: Moments, x: npt.NDArray[Any], t: Floats, tolerance: float = 1e-10) 
     np.testing.assert_allclose((m.covariance - np.cov(x.T, bias=True)) / scale, 0, atol=tolerance)
     crossed = (x - x.mean(axis=0)).T @ t / len(x)
     np.testing.assert_allclose((m.cross_covariance - crossed) / deviation[:, None], 0, atol=tolerance)
-    np.testing.assert_allclose(m.target_total, t.sum(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(m.target_total, t.sum(axis=0), rtol=1e-12, atol=1e-10)
     np.testing.assert_allclose(m.target_square, (t**2).sum(axis=0), rtol=1e-12)
 
 
