@@ -150,8 +150,8 @@ class Small:
         return sum(e.stats().forwards for e in self.engines.values())
 
 
-def guarded(root: Path, *loaded: Any, **people: Any) -> Any:
-    """A server under a policy of its own: `people` are terms of the tier `external`."""
+def guarded(root: Path, *loaded: Any, data: Mapping[str, Any] | None = None, **people: Any) -> Any:
+    """A server under a policy of its own: `people` are terms of the tier `external`, `data` is the section."""
     from trocar.api.app import create_app
     from trocar.engine.hf.engine import HFEngine
     from trocar.gate.gate import Gate
@@ -161,7 +161,7 @@ def guarded(root: Path, *loaded: Any, **people: Any) -> Any:
 
     terms = {"life_ppm": 900_000, "day_ppm": 900_000, "rank_ppm": 1_000_000, "tick_ms": 1, **people}
     policy = Policy.model_validate(
-        {"people": {"tiers": {"external": terms}}, "data": {"lineage_day_ppm": 900_000}}
+        {"people": {"tiers": {"external": terms}}, "data": {"lineage_day_ppm": 900_000, **(data or {})}}
     )
     gate = Gate(f"sqlite:///{root}/ledger.db", policy)
     engines, store = {m.facts.name: HFEngine(m) for m in loaded}, Store(root / "store")

@@ -15,7 +15,6 @@ from pydantic import ValidationError
 
 from trocar import strict
 from trocar.errors import TrocarError
-from trocar.gate import coding
 from trocar.gate.policy import Tier, TierTerms
 from trocar.graph import check
 from trocar.graph.cost import Prices
@@ -350,8 +349,6 @@ def test_case_23_widths_of_released_numbers(world: World, bits: Any) -> None:
     world.refuses_json({**request(LOGPROBS), "scalar_bits": bits}, "unknown_field")
     with pytest.raises(ValidationError):
         TierTerms(life_ppm=1, day_ppm=1, rank_ppm=1, scalar_bits=bits)
-    with pytest.raises((TrocarError, TypeError)):
-        coding.require_scalar_bits(bits)
 
 
 def test_case_24_what_is_released_is_no_operand(world: World) -> None:
@@ -488,6 +485,19 @@ def test_case_26_first_layers_and_both_ends_of_a_matrix(secret: tuple[Caller, An
         assert "policy" in codes(asked(caller, *both, raw("r", "q"))), (one, other)
         apart = [raw("r"), {**raw("q"), "id": "more"}]
         assert "policy" in codes(asked(caller, *both, *apart)), (one, other)
+
+
+@pytest.mark.parametrize(
+    "names", [("attn_in.2", "z.2"), ("resid_pre.2", "z.2"), ("v.2", "attn_out.2"), ("v.2", "resid_mid.2")]
+)
+def test_case_26_both_ends_of_a_matrix_at_position_0(
+    secret: tuple[Caller, Any], names: tuple[str, str]
+) -> None:
+    """A first token sees itself alone: there a head gives its value back, and attention is one matrix."""
+    caller, _ = secret
+    one, other = names
+    both = [read(one, "prompt[0]"), read(other, "prompt[0]", name="q")]
+    assert set(codes(asked(caller, *both, raw("r", "q")))) == {"policy"}
 
 
 @pytest.mark.parametrize("order", [("attn_in.3", "v.3"), ("v.3", "attn_in.3")])

@@ -68,13 +68,6 @@ def explode(door: Door, frame: bytes, path: str = "/v1/runs") -> httpx.Response:
     return door.result(heard.json()["job"]) if heard.status_code == 202 else heard
 
 
-def key(host: Started, tenant: str) -> Door:
-    words = ("key", "create", "--tenant", tenant, "--tier", "open", "--json")
-    ran = cli_server.command(host.serving.home, *words, "--data", str(host.serving.data))
-    assert ran.returncode == 0, ran.stderr
-    return Door(host.door.url, json.loads(ran.stdout)["secret"])
-
-
 def data_bytes(pid: int) -> int:
     """Private memory that a process may write, as the kernel counts it for a limit."""
     [line] = [x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("VmData:")]
@@ -124,7 +117,7 @@ def ended(door: Door) -> list[tuple[str, int]]:
 
 def test_case_59_a_worker_that_is_killed_while_two_run(host: Started) -> None:
     """Both get their bits back but for the overhead and are told to try again; the next worker serves them."""
-    mallory, victor = key(host, "mallory"), key(host, "victor")
+    mallory, victor = host.key("mallory", "open"), host.key("victor", "open")
     quiet, worker = victor.ask("/v1/runs", SMALL), host.parts()["worker"]
     jobs = {door: door.start("/v1/runs", LONG) for door in (mallory, victor)}
     until(lambda: host.door.send("GET", "/v1/engine").json()["live_requests"] == 2)
@@ -144,7 +137,7 @@ def test_case_59_a_worker_that_is_killed_while_two_run(host: Started) -> None:
 def test_case_59_a_request_that_no_memory_holds(host: Started) -> None:
     """Under a limit of memory an admitted request fails or ends the worker; either way it gets back all but the
     overhead, and others are served by a sound worker after each attempt."""
-    mallory, victor = key(host, "mallory2"), key(host, "victor2")
+    mallory, victor = host.key("mallory2", "open"), host.key("victor2", "open")
     quiet = served(victor, SMALL)
     assert explode(mallory, bomb(), "/v1/plan").json()["admitted"]
     most_bytes = data_bytes(host.parts()["worker"]) + MARGIN_BYTES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import signal
 import socket
 import subprocess
@@ -52,15 +53,17 @@ def tiny_cache(root: Path) -> Iterator[Path]:
         yield make_model(root, parts.random_llama(), parts.byte_tokenizer())
 
 
-def make_model(root: Path, model: Any, tokenizer: Any) -> Path:
-    """A model directory as a pull leaves it, under the cache `root`."""
-    home = root / "models" / "tiny-1"
+def make_model(
+    root: Path, model: Any, tokenizer: Any, name: str = NAME, secret_bits: int | None = None
+) -> Path:
+    """A model directory as a pull leaves it, under the cache `root`; of open weights, or a secret of so many bits."""
+    home = root / "models" / f"{name}-1"
     model.save_pretrained(home)
     tokenizer.save_pretrained(home)
     parameters = sum(p.numel() for p in model.parameters())
     manifest = cache.Manifest(
         source="catalog",
-        name=NAME,
+        name=name,
         package=None,
         version=None,
         sha256=None,
@@ -68,10 +71,10 @@ def make_model(root: Path, model: Any, tokenizer: Any) -> Path:
         fingerprint=fingerprint(home),
         stamp=stamp(home),
         license="unknown",
-        lineage=NAME,
-        open_weights=True,
+        lineage=name,
+        open_weights=secret_bits is None,
         parameters=parameters,
-        weight_bits=32 * parameters,
+        weight_bits=secret_bits or 32 * parameters,
     )
     (home / cache.MANIFEST).write_text(manifest.model_dump_json())
     return home
@@ -134,6 +137,13 @@ class Started:
     serving: Serving
     door: Door
 
+    def key(self, tenant: str, tier: str) -> Door:
+        """The door of a new key."""
+        words = ("key", "create", "--tenant", tenant, "--tier", tier, "--json")
+        ran = cli_server.command(self.serving.home, *words, "--data", str(self.serving.data))
+        assert ran.returncode == 0, ran.stderr
+        return Door(self.door.url, json.loads(ran.stdout)["secret"])
+
     def parts(self) -> dict[str, int]:
         """Process ids of the three parts, by their names."""
         found = {}
@@ -153,10 +163,11 @@ class Started:
 
 
 @contextmanager
-def serving(home: Path, model: Path, isolation: str) -> Iterator[Started]:
+def serving(home: Path, model: Path, isolation: str, *more: Path) -> Iterator[Started]:
     """A started server on a data folder of its own."""
     home.mkdir(exist_ok=True)
-    started = cli_server.start(home, "--model", str(model), "--threads", "1", "--isolation", isolation)
+    models = [word for each in (model, *more) for word in ("--model", str(each))]
+    started = cli_server.start(home, *models, "--threads", "1", "--isolation", isolation)
     try:
         yield Started(started, Door(started.url, started.secret))
     finally:

@@ -13,7 +13,6 @@ import typer
 
 from trocar.cli.child import ReadyOption, say_ready, watch_parent
 from trocar.cli.logs import log_to_stderr
-from trocar.cli.serve import NO_TLS
 from trocar.cli.serve_options import Host, Level, LogLevel, Port
 from trocar.cli.users import GateUser, uid_of
 
@@ -29,7 +28,7 @@ def front(
 ) -> None:
     """Answer HTTP for a gate; part of `trocar serve --isolation host`."""
     from trocar.api.app import create_app
-    from trocar.cli.address import Address, bind, is_loopback
+    from trocar.cli.address import NO_TLS, Address, bind, is_loopback
     from trocar.cli.serving import HttpServer, Served
     from trocar.host.front.front import Front
 

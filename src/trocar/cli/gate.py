@@ -55,9 +55,7 @@ def gate(
 
     _require_apart(worker, socket)
     worker_uid, front_uid = uid_of(worker_user, "--worker-user"), uid_of(front_user, "--front-user")
-    stop = threading.Event()
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, lambda *_: stop.set())
+    stop = _stopping()
     watch_parent(ready_fd)
     log_to_stderr(log_level)
     folder = Folder.at(data)
@@ -71,13 +69,7 @@ def gate(
         opened = open_gate(folder, rules, anchors or folder.anchors, stack)
         secret = saved_secret(opened) if save_key else None
         service = assemble(
-            model,
-            folder.root,
-            worker,
-            opened,
-            within_s=LOAD_S,
-            worker_uid=worker_uid,
-            network=network.value,
+            model, folder.root, worker, opened, within_s=LOAD_S, worker_uid=worker_uid, network=network.value
         )
         stack.callback(service.close)
         for facts in service.facts.values():
@@ -93,6 +85,14 @@ def gate(
         stop.wait()
         service.halt()  # what waits for a result hears of it while the front still can tell
         threading.Event().wait(DRAIN_S)
+
+
+def _stopping() -> threading.Event:
+    """Set when the process is asked to end."""
+    stop = threading.Event()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda *_: stop.set())
+    return stop
 
 
 def _said(worker: Path) -> str:

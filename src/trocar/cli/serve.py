@@ -35,9 +35,6 @@ ISOLATION: Final = {
     "host": "isolation: host. The models run in a process of their own, which can hand the gate nothing but declared "
     "arrays; tenants share that process. It runs as the same user: docs/security.md says what that leaves open.",
 }
-NO_TLS: Final = (
-    "warning: there is no TLS on {host}: keys and results can be read on the way. Put a TLS proxy in front."
-)
 
 
 def serve(
@@ -58,7 +55,7 @@ def serve(
     ready_file: options.ReadyFile = None,
 ) -> None:
     """Serve models over HTTP until SIGTERM or Ctrl-C."""
-    from trocar.cli.address import bind, is_loopback, write_ready
+    from trocar.cli.address import NO_TLS, bind, is_loopback, write_ready
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = Folder.at(data)

@@ -22,22 +22,21 @@ import numpy.typing as npt
 from sqlalchemy import Connection
 
 from trocar import errors
-from trocar.gate import airlock_records, chain, checks, keys, manifest, plain_text, roles
+from trocar.gate import airlock_records, chain, checks, exposures, keys, manifest, plain_text, roles
 from trocar.gate.airlock_desk import OPEN, Desk, Rules, actor_of
 from trocar.gate.airlock_records import Ticket
 from trocar.gate.airlock_request import ExportAsk, ExportFacts, RaiseAsk, RaiseFacts, Request
-from trocar.gate.airlock_states import Action, Actor, Parties, RequestKind, State, first_state
+from trocar.gate.airlock_states import Action, Actor, Parties, State, first_state
 from trocar.gate.airlock_tables import REQUESTS
 from trocar.gate.checks import Check, Checked, Description, Disposition, ExportTerms
 from trocar.gate.database import Database
-from trocar.gate.exposures import End, Exposure
+from trocar.gate.exposures import Exposure, Leaving
 from trocar.gate.keys import Principal
 from trocar.gate.ledger import Ledger, Replay, Reservation
 from trocar.gate.limits import Limits, Payer
 from trocar.gate.manifest import Manifest, ManifestPart, SigningKey
 from trocar.gate.policy import Lineage, Role, Tier
 from trocar.gate.roles import Power
-from trocar.graph import linear_maps
 from trocar.sites import Site
 from trocar.wire import packing
 
@@ -272,7 +271,7 @@ class Airlock(Desk):
             limits=paying.limits,
             request_digest=ticket.digest,
             idempotency_key=f"airlock:{ticket.id}",
-            exposure=_exposure(request.lineage, what),
+            exposure=_exposure(request.lineage, what, self._terms(principal, request.lineage)),
             request_id=ticket.id,
         )
 
@@ -333,20 +332,20 @@ def _frozen(ask: ExportAsk, terms: ExportTerms) -> bytes:
 
 def _left_before(connection: Connection, lineage: Lineage) -> tuple[Site, ...]:
     """Sites whose rows left a lineage before, or may leave now, whoever asked: people can put them together."""
+    left = {one.site for one in exposures.exported(connection, lineage.name)}
     here = REQUESTS.c.lineage == lineage.name
-    found = airlock_records.in_states(connection, (State.approved, State.released), here, limit=1000)
-    kept = (t.request.what for t in found if t.request.kind is RequestKind.export)
-    return tuple(
-        sorted({site for what in kept if isinstance(what, ExportFacts) for site in what.sites}, key=str)
-    )
+    found = airlock_records.in_states(connection, (State.approved,), here, limit=None)
+    what = [t.request.what for t in found]
+    may_leave = {site for facts in what if isinstance(facts, ExportFacts) for site in facts.sites}
+    return tuple(sorted(left | may_leave, key=str))
 
 
-def _exposure(lineage: Lineage, what: ExportFacts) -> Exposure:
-    """The sides of linear maps that leave; of open weights nobody needs to keep them."""
+def _exposure(lineage: Lineage, what: ExportFacts, terms: ExportTerms) -> Exposure:
+    """What leaves as it is; of open weights nobody needs to keep it."""
     if lineage.cap is None:
         return Exposure()
-    first = [p.site for p in what.parts if p.first and p.site in what.sites and p.site is not None]
-    return Exposure(ends=tuple(End(name, side) for name, side in linear_maps.sides(what.sites, first)))
+    leaving = [Leaving(p.site, p.first) for p in what.parts if p.site in what.sites and p.site is not None]
+    return Exposure(leaving=tuple(leaving), maps=terms.maps)
 
 
 def _tensors(what: ExportFacts, frozen: bytes) -> dict[str, npt.NDArray[np.generic]]:

@@ -150,9 +150,9 @@ def listed(connection: Connection, actor: Actor, *, state: State | None, limit: 
 
 
 def in_states(
-    connection: Connection, states: Iterable[State], *where: ColumnElement[bool], limit: int
+    connection: Connection, states: Iterable[State], *where: ColumnElement[bool], limit: int | None
 ) -> tuple[Ticket, ...]:
-    """The newest requests in some states, newest first."""
+    """The newest requests in some states, newest first; None for all of them."""
     words = [str(state) for state in states]
     query = (
         select(REQUESTS)

@@ -23,7 +23,7 @@ from trocar.gate.reservations import OPEN
 from trocar.gate.tables import (
     ACCOUNTS,
     DIRECTIONS,
-    ENDS,
+    EXPORTED,
     HEAD,
     KEYS,
     LINEAGES,
@@ -60,7 +60,7 @@ def differences(connection: Connection) -> list[str]:
         *_compare("lineage", books.lineages, _rows(connection, LINEAGES, 1)),
         *_compare("account", _accounts(books), _rows(connection, ACCOUNTS, 2)),
         *_compare("direction", books.directions, _rows(connection, DIRECTIONS, 4)),
-        *_compare("end", books.ends, _rows(connection, ENDS, 2)),
+        *_compare("exported", books.exported, _rows(connection, EXPORTED, 3)),
         *_reservations(connection),
         *_head(connection, books),
     ]
@@ -76,7 +76,7 @@ class _Books:
     lineages: _Rows = field(default_factory=dict)
     accounts: dict[tuple[str, str], Account] = field(default_factory=dict)
     directions: _Rows = field(default_factory=dict)
-    ends: _Rows = field(default_factory=dict)
+    exported: _Rows = field(default_factory=dict)
     payers: dict[str, list[str]] = field(default_factory=dict)
     anchored: int = 0
 
@@ -133,8 +133,8 @@ def _admitted(books: _Books, entry: RowMapping, detail: Any) -> None:
     for site, digest, rank in exposed.get("directions", ()):
         for owner in (owner_of(entry["key_id"]), EVERYONE):
             books.directions.setdefault((owner, entry["lineage"], site, digest), {"rank": rank})
-    for name, end in exposed.get("ends", ()):
-        books.ends[entry["lineage"], name] = {"end": end}
+    for site, first in exposed.get("exported", ()):
+        books.exported[entry["lineage"], site, first] = {}
 
 
 def _closed(books: _Books, entry: RowMapping, _detail: Any) -> None:

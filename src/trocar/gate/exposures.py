@@ -2,7 +2,8 @@
 
 Two counts that bits alone do not give. Directions: the vectors that a key, and all keys together, sent into
 one site; the sum of their ranks is how much of the matrix behind it was probed, and a direction seen before
-shows nothing new. Ends: of one linear map, the side that left first; whoever has both sides has the map.
+shows nothing new. Sites whose rows left, whoever asked: a request is weighed together with all of them, since
+people can put together what each of them got.
 
 Nothing is ever taken back here: a request that failed was still asked. This module counts what it is told;
 which vectors a program sends, and which sites are the ends of one map, others know.
@@ -21,7 +22,10 @@ from sqlalchemy import Connection, func, insert, select
 from trocar import errors
 from trocar.gate.chain import Json
 from trocar.gate.limits import EVERYONE, MAX_BITS
-from trocar.gate.tables import DIRECTIONS, ENDS
+from trocar.gate.tables import DIRECTIONS, EXPORTED
+from trocar.graph import linear_maps
+from trocar.graph.linear_maps import LINEAR_MAPS, LinearMap
+from trocar.sites import Site, parse
 
 MOST_AT_ONCE: Final = 10_000
 """Directions of one request; more would be one statement with too many parameters."""
@@ -55,20 +59,15 @@ class Direction:
 
 
 @dataclass(frozen=True, slots=True)
-class End:
-    """A side of a linear map that a request exports: what goes in, or what comes out.
+class Leaving:
+    """Rows of a site that leave as they are, or that what leaves was made of.
 
-    Raises:
-        ProgramError: `bad_value`.
+    Attributes:
+        first: whether the row of position 0 is among them.
     """
 
-    map: str
-    end: str
-
-    def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.map) or self.end not in ("in", "out"):
-            reason = f"no end of a map: {self.map[:80]!r}, {self.end[:20]!r}"
-            raise errors.refuse("bad_value", "exposure.ends", reason)
+    site: Site
+    first: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +75,14 @@ class Exposure:
     """What one request asks of a lineage.
 
     Attributes:
+        maps: of each, the rows of one end may leave, ever; none when both may.
         key_limits: most rank per site for the key; a site without a row, and None, are counted only.
         lineage_limits: the same for all keys together.
     """
 
     directions: tuple[Direction, ...] = ()
-    ends: tuple[End, ...] = ()
+    leaving: tuple[Leaving, ...] = ()
+    maps: tuple[LinearMap, ...] = LINEAR_MAPS
     key_limits: Mapping[str, int] | None = None
     lineage_limits: Mapping[str, int] | None = None
 
@@ -107,11 +108,18 @@ def record(connection: Connection, exposure: Exposure, owner: str, lineage: str)
     detail: dict[str, Json] = {}
     if new:
         detail["directions"] = [[d.site, d.digest, d.rank] for d in new.values()]
-    ends = _new_ends(connection, exposure.ends, lineage)
-    if ends:
-        connection.execute(insert(ENDS), [{"lineage": lineage, "map": m, "end": e} for m, e in ends.items()])
-        detail["ends"] = [[m, e] for m, e in ends.items()]
+    fresh = _fresh(connection, exposure, lineage)
+    if fresh:
+        rows = [{"lineage": lineage, "site": site, "first": first} for site, first in fresh]
+        connection.execute(insert(EXPORTED), rows)
+        detail["exported"] = [[site, first] for site, first in fresh]
     return detail
+
+
+def exported(connection: Connection, lineage: str) -> tuple[Leaving, ...]:
+    """Sites whose rows left a lineage, under their canonical names, whoever asked."""
+    query = select(EXPORTED.c.site, EXPORTED.c.first).where(EXPORTED.c.lineage == lineage)
+    return tuple(Leaving(parse(row.site), bool(row.first)) for row in connection.execute(query))
 
 
 def _row(direction: Direction, owner: str, lineage: str) -> dict[str, str | int]:
@@ -159,20 +167,24 @@ def _require_room(
             )
 
 
-def _new_ends(connection: Connection, ends: Iterable[End], lineage: str) -> dict[str, str]:
-    asked = tuple(ends)
-    if not asked:
-        return {}
-    query = select(ENDS.c.map, ENDS.c.end).where(
-        ENDS.c.lineage == lineage, ENDS.c.map.in_({end.map for end in asked})
-    )
-    known = {row.map: row.end for row in connection.execute(query)}
-    first = dict(known)
-    for side in asked:
-        taken = first.setdefault(side.map, side.end)
-        if taken != side.end:
-            reason = (
-                f"the {taken!r} side of {side.map!r} is what may leave; the request asks for {side.end!r}"
-            )
-            raise errors.refuse("policy", side.map, reason)
-    return {name: end for name, end in first.items() if name not in known}
+def _fresh(connection: Connection, exposure: Exposure, lineage: str) -> list[tuple[str, int]]:
+    """What of the rows that leave is new, in order; refused when it makes two ends of one map known."""
+    if not exposure.leaving:
+        return []
+    asked = {Leaving(linear_maps.canonical(one.site), one.first) for one in exposure.leaving}
+    before = set(exported(connection, lineage))
+    others = _ends(before - asked, exposure.maps)
+    for source, target in _ends(before | asked, exposure.maps):
+        if (source, target) not in others:
+            raise errors.refuse(
+                "policy", str(source),
+                f"rows of {source} and {target} are, or follow from, rows asked for here and rows that left "
+                f"{lineage!r} before: together they are the matrix between the two",
+                next_step="Ask for rows of other sites.",
+            )  # fmt: skip
+    return sorted((str(one.site), int(one.first)) for one in asked - before)
+
+
+def _ends(found: Iterable[Leaving], maps: tuple[LinearMap, ...]) -> tuple[tuple[Site, Site], ...]:
+    every = tuple(found)
+    return linear_maps.ends((one.site for one in every), (one.site for one in every if one.first), maps)

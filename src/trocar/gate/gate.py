@@ -24,7 +24,7 @@ from trocar.gate.answers import Tongue
 from trocar.gate.chain import Entry
 from trocar.gate.checks import ExportTerms
 from trocar.gate.database import Database
-from trocar.gate.exposures import Direction, End, Exposure
+from trocar.gate.exposures import Direction, Exposure, Leaving
 from trocar.gate.handles import Handle, Handles
 from trocar.gate.keys import Keys, NewToken, Principal
 from trocar.gate.ledger import Ledger, Replay, Reservation
@@ -35,9 +35,9 @@ from trocar.gate.release import Press, Priced, Released
 from trocar.gate.roles import Power
 from trocar.gate.scopes import Scope
 from trocar.gate.use import Use
-from trocar.graph import linear_maps
 from trocar.graph.cost import Cost, Prices
 from trocar.graph.facts import ModelFacts
+from trocar.graph.linear_maps import LINEAR_MAPS
 from trocar.sites import parse
 from trocar.wire import results as r
 
@@ -198,6 +198,7 @@ class Gate:
             vector_bits=min(tier.vector_bits, 8),
             review_bytes=said.review_bytes,
             most_bytes=said.most_bytes,
+            maps=() if self.policy.data.linear_maps else LINEAR_MAPS,
         )
 
     def left_bits(self, principal: Principal, lineage: Lineage) -> int | None:
@@ -287,11 +288,10 @@ class Gate:
             return None
         widths = {d.site: facts.width(parse(d.site)) for d in use.directions}
         key = {site: self.policy.rank_limit(principal.tier, width) for site, width in widths.items()}
-        first = [site for site, at_first in use.exported if at_first]
-        sides = linear_maps.sides([site for site, _ in use.exported], first)
         return Exposure(
             tuple(Direction(d.site, d.digest, d.rank) for d in use.directions),
-            tuple(End(name, side) for name, side in sides),
+            tuple(Leaving(site, first) for site, first in use.exported),
+            () if self.policy.data.linear_maps else LINEAR_MAPS,
             {site: limit for site, limit in key.items() if limit is not None},
             {site: self.policy.lineage_rank_limit(width) for site, width in widths.items()},
         )

@@ -23,7 +23,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA: Final = 2
+SCHEMA: Final = 3
 METADATA: Final = MetaData()
 _Whole: Final = BigInteger().with_variant(Integer, "sqlite")  # makes `seq` SQLite's row id
 
@@ -151,12 +151,13 @@ DIRECTIONS: Final = Table(
     CheckConstraint("rank >= 1", name="some_rank"),
 )
 
-ENDS: Final = Table(
-    "ends",
+EXPORTED: Final = Table(
+    "exported",
     METADATA,
     Column("lineage", String(200), ForeignKey("lineages.name"), primary_key=True),
-    Column("map", String(200), primary_key=True),
-    Column("end", String(3), nullable=False),
+    Column("site", String(200), primary_key=True),
+    Column("first", _Whole, primary_key=True, autoincrement=False),
+    CheckConstraint("first IN (0, 1)", name="first_or_not"),
 )
 
 HEAD: Final = Table(

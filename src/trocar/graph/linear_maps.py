@@ -1,20 +1,18 @@
 """Which sites are the two ends of one linear map: whoever holds both for enough tokens solves for the weights.
 
 `ends` answers for a set of sites, and also for what follows from them: some sites hold the same numbers under
-two names, some are a sum of two others, and a norm is a known function. It knows sites and nothing else: not
-how many rows there are, nor whether they are of the same tokens. It therefore says yes too often, never too
-rarely.
+two names, some are a sum of two others, and a norm is a known function, which only loses one number of each
+row. It knows sites and nothing else: not how many rows there are, nor whether they are of the same tokens. It
+therefore says yes too often, never too rarely.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from trocar.sites import Site
-
-Side = Literal["in", "out"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +36,17 @@ LINEAR_MAPS: Final = (
     LinearMap("mlp_in", "mlp_act"),
     LinearMap("mlp_in", "router_logits"),
     LinearMap("mlp_act", "mlp_out"),
+    LinearMap("attn_in", "z", first_only=True),
     LinearMap("attn_in", "attn_out", first_only=True),
     LinearMap("attn_in", "resid_mid", first_only=True),
+    LinearMap("v", "attn_out", first_only=True),
+    LinearMap("v", "resid_mid", first_only=True),
 )
 """`mlp_act` counts as linear: a gated unit is two linear maps, and known inputs tell them apart."""
 
 _SAME: Final = {"attn_out_post": "attn_out", "mlp_out_post": "mlp_out"}
-_NORMS: Final = {"resid_pre": "attn_in", "resid_mid": "mlp_in"}
+_SAME_AT_FIRST: Final = (("v", "z"), ("z", "v"))
+_NORMS: Final = (("resid_pre", "attn_in"), ("resid_mid", "mlp_in"))
 _SUMS: Final = (("resid_pre", "attn_out", "resid_mid"), ("resid_mid", "mlp_out", "resid_post"))
 
 
@@ -57,22 +59,30 @@ def canonical(site: Site) -> Site:
     return Site(_SAME.get(site.name, site.name), site.layer)
 
 
-def known(sites: Iterable[Site]) -> frozenset[Site]:
-    """The sites, canonically, with every one whose rows follow from theirs."""
+def known(sites: Iterable[Site], *, first: bool = False) -> frozenset[Site]:
+    """The sites, canonically, with every one whose rows follow from theirs.
+
+    Args:
+        first: of rows at position 0, where a head gives its own value back.
+    """
     found = {canonical(site) for site in sites}
     while True:
         layers = {site.layer for site in found if site.layer is not None}
         # the stream after layer L is named as that before L + 1
-        more = {site for layer in layers | {n - 1 for n in layers} for site in _implied(found, layer)}
+        more = {site for layer in layers | {n - 1 for n in layers} for site in _implied(found, layer, first)}
         if more <= found:
             return frozenset(found)
         found |= more
 
 
-def _implied(found: set[Site], layer: int) -> Iterable[Site]:
-    for source, target in _NORMS.items():
-        if Site(source, layer) in found:
-            yield Site(target, layer)
+def _implied(found: set[Site], layer: int, first: bool) -> Iterable[Site]:
+    for stream, normed in _NORMS:
+        # from the normed rows the stream follows but for each row's length, which a sum with others tells
+        if found & {Site(stream, layer), Site(normed, layer)}:
+            yield from (Site(stream, layer), Site(normed, layer))
+    for one, same in _SAME_AT_FIRST if first else ():
+        if Site(one, layer) in found:
+            yield Site(same, layer)
     for names in _SUMS:
         three = {canonical(Site(name, layer)) for name in names}
         if len(three & found) == 2:  # two of a sum give the third
@@ -89,34 +99,15 @@ def ends(
         at_first: those of which the row of position 0 is among the rows.
         maps: the maps to look for.
     """
-    everywhere, first = known(sites), known(at_first)
+    everywhere, first = known(sites), known(at_first, first=True)
     return tuple(
         (source, target)
-        for source in sorted(everywhere, key=_place)
+        for source in sorted(everywhere | first, key=_place)
         for one in maps
         if one.source == source.name
         for target in (canonical(Site(one.target, source.layer)),)
         if {source, target} <= (first if one.first_only else everywhere)
     )
-
-
-def sides(
-    sites: Iterable[Site], at_first: Iterable[Site] = (), maps: tuple[LinearMap, ...] = LINEAR_MAPS
-) -> tuple[tuple[str, Side], ...]:
-    """The name of each map of which the sites give one side away, and which: `("z>attn_out.3", "in")`.
-
-    Kept over many requests, they tell when a second one asks for the other side.
-    """
-    everywhere, first = known(sites), known(at_first)
-    found: set[tuple[str, Side]] = set()
-    for one in maps:
-        for site in first if one.first_only else everywhere:
-            name = f"{one.source}>{one.target}.{site.layer}{'@0' if one.first_only else ''}"
-            if site.name == one.source:
-                found.add((name, "in"))
-            if site == canonical(Site(one.target, site.layer)):
-                found.add((name, "out"))
-    return tuple(sorted(found))
 
 
 def _place(site: Site) -> tuple[int, str]:

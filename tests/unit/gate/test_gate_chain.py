@@ -12,14 +12,15 @@ import pytest
 from gate_room import Room
 
 from trocar.gate.chain import Head
-from trocar.gate.exposures import Direction, End, Exposure
+from trocar.gate.exposures import Direction, Exposure, Leaving
 from trocar.gate.policy import Tier
+from trocar.sites import parse
 
 _WORDS = "time_ms, kind, key_id, lineage, reservation, request_id, held_bits, charged_bits, digest, detail"
 _APPEND = f"INSERT INTO log SELECT seq + 1, {_WORDS}, hash, hash FROM log WHERE seq = 13"
 _KEY_WORDS = "tenant, tier, role, project, holder, scope, made_by, note, secret_sha256"
 _GHOST = "SELECT 'ghost', instance, key_id, lineage, 'open', 5, 0, NULL, '', '', '[]', '[]', ''"
-EXPOSURE = Exposure((Direction("resid_post.3", "ab" * 32, 2),), (End("attn.3", "in"),))
+EXPOSURE = Exposure((Direction("resid_post.3", "ab" * 32, 2),), (Leaving(parse("z.3"), True),))
 
 
 def _swap(first: int, second: int) -> list[str]:
@@ -150,7 +151,8 @@ def test_a_restored_copy_is_caught_by_a_later_head(worked: Room) -> None:
          "account ghost/base"),
         ("DELETE FROM directions WHERE owner = '*'", "direction */base/resid_post.3"),
         ("UPDATE directions SET rank = 1 WHERE owner = '*'", "direction */base/resid_post.3"),
-        ("UPDATE ends SET \"end\" = 'out'", "end base/attn.3"),
+        ("INSERT INTO exported VALUES ('base', 'z.4', 0)", "exported base/z.4/0"),
+        ("DELETE FROM exported", "exported base/z.3/1"),
         ("UPDATE lineages SET frozen = 'x'", "lineage base"),
         ("UPDATE head SET anchored = 1", "head"),
         ("UPDATE reservations SET owners = '[]' WHERE state = 'settled'", "reservation"),

@@ -1,4 +1,4 @@
-"""Directions are counted by rank and ends of maps by who came first, inside the reservation."""
+"""Directions are counted by rank, and sites whose rows left are weighed together, inside the reservation."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 from gate_room import Room, digest, refused
 
 from trocar.errors import TrocarError
-from trocar.gate.exposures import MOST_AT_ONCE, Direction, End, Exposure
+from trocar.gate.exposures import MOST_AT_ONCE, Direction, Exposure, Leaving
 from trocar.gate.policy import Lineage, Tier
+from trocar.sites import parse
 
 SITE = "resid_post.3"
 
@@ -26,8 +27,10 @@ def sent(
     )
 
 
-def ends(*pairs: tuple[str, str]) -> Exposure:
-    return Exposure(ends=tuple(End(name, end) for name, end in pairs))
+def leaving(*words: str, **more: Any) -> Exposure:
+    """Rows of these sites; `z.3@0` has the row of position 0 among them."""
+    asked = tuple(Leaving(parse(word.removesuffix("@0")), word.endswith("@0")) for word in words)
+    return Exposure(leaving=asked, **more)
 
 
 def rows(gate: Room, table: str) -> int:
@@ -83,7 +86,7 @@ def test_what_was_counted_without_a_limit_counts_when_there_is_one(gate: Room) -
 
 
 @pytest.mark.parametrize(
-    "exposure", [sent("a", "b", key=1), sent("a", "b", all_=1), ends(("m", "in"), ("m", "out"))]
+    "exposure", [sent("a", "b", key=1), sent("a", "b", all_=1), leaving("z.3", "attn_out.3")]
 )
 def test_a_refusal_counts_and_spends_nothing(gate: Room, exposure: Exposure) -> None:
     who = gate.key()
@@ -92,7 +95,7 @@ def test_a_refusal_counts_and_spends_nothing(gate: Room, exposure: Exposure) -> 
     with pytest.raises(TrocarError):
         gate.ask(who, 10, exposure=exposure)
     assert (gate.ledger.head(), gate.ledger.balances()) == before
-    assert rows(gate, "directions") == rows(gate, "ends") == 0
+    assert rows(gate, "directions") == rows(gate, "exported") == 0
 
 
 def test_what_a_failed_run_was_asked_stays_counted(gate: Room) -> None:
@@ -104,19 +107,85 @@ def test_what_a_failed_run_was_asked_stays_counted(gate: Room) -> None:
 
 def test_the_end_that_left_first_is_the_only_one(gate: Room) -> None:
     first, second = gate.key(), gate.key()
-    gate.spend(first, 10, exposure=ends(("attn.3", "in"), ("mlp.3", "out")))
-    gate.spend(second, 10, exposure=ends(("attn.3", "in")))
-    no = refused("policy", lambda: gate.ask(second, 10, exposure=ends(("attn.4", "in"), ("attn.3", "out"))))
-    assert "the 'in' side of 'attn.3'" in no.reason
-    refused("policy", lambda: gate.ask(first, 10, exposure=ends(("mlp.3", "in"))))
-    gate.spend(second, 10, exposure=ends(("attn.4", "out")))  # was not taken by the refused request
-    assert rows(gate, "ends") == 3
+    gate.spend(first, 10, exposure=leaving("attn_in.3", "mlp_out.3"))
+    gate.spend(second, 10, exposure=leaving("attn_in.3"))
+    no = refused("policy", lambda: gate.ask(second, 10, exposure=leaving("attn_in.4", "q.3")))
+    assert no.path == "attn_in.3"
+    assert "attn_in.3 and q.3" in no.reason
+    assert "'base'" in no.reason
+    refused("policy", lambda: gate.ask(first, 10, exposure=leaving("mlp_act.3")))
+    gate.spend(second, 10, exposure=leaving("q.4"))  # attn_in.4 was not taken by the refused request
+    assert rows(gate, "exported") == 3
     gate.lineage = Lineage("other", 1_000_000, Tier.trusted)
-    gate.spend(first, 10, exposure=ends(("attn.3", "out")))
+    gate.spend(first, 10, exposure=leaving("q.3"))
+
+
+MANY: list[tuple[str, ...]] = [
+    (
+        "resid_pre.3",
+        "attn_out.3",
+        "resid_post.3",
+        "mlp_act.3",
+    ),  # the stream, what attention adds, the stream after
+    ("mlp_act.3", "resid_pre.4", "resid_mid.3"),
+    ("attn_in.3", "mlp_in.3", "z.3"),
+    ("resid_mid.3@0", "v.3@0"),
+    ("v.3@0", "attn_out.3@0"),
+    ("z.3@0", "attn_in.3@0"),
+    ("resid_post.2@0", "resid_post.3@0", "mlp_out.3@0"),
+]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("words", MANY)
+def test_what_follows_from_several_requests_counts(gate: Room, words: tuple[str, ...], order: int) -> None:
+    *before, last = words[::order]
+    for word in before:
+        gate.spend(gate.key(), 10, exposure=leaving(word))
+    refused("policy", lambda: gate.ask(gate.key(), 10, exposure=leaving(last)))
+    assert gate.ledger.check() == []
+
+
+def test_rows_that_left_from_other_positions_are_not_those_of_position_0(gate: Room) -> None:
+    who = gate.key()
+    gate.spend(who, 10, exposure=leaving("attn_in.3", "z.3@0"))
+    gate.spend(who, 10, exposure=leaving("attn_in.3"))
+    refused("policy", lambda: gate.ask(who, 10, exposure=leaving("attn_in.3@0")))
+    assert rows(gate, "exported") == 2
+
+
+def test_names_of_one_stream_are_one_row(gate: Room) -> None:
+    for word in (
+        "resid_post.2",
+        "resid_pre.3",
+        "resid_post.2@0",
+        "resid_pre.3@0",
+        "attn_out_post.9",
+        "attn_out.9",
+    ):
+        gate.spend(gate.key(), 10, exposure=leaving(word))
+    assert rows(gate, "exported") == 3
+
+
+def test_more_than_any_page_of_exports_is_remembered(gate: Room) -> None:
+    who = gate.key()
+    gate.spend(who, 10, exposure=leaving("z.0"))
+    gate.spend(who, 10, exposure=leaving(*(f"resid_post.{i}" for i in range(1, 1500))))
+    refused("policy", lambda: gate.ask(who, 10, exposure=leaving("attn_out.0")))
+
+
+def test_where_the_policy_lets_both_ends_leave_both_do_and_are_remembered(gate: Room) -> None:
+    who = gate.key()
+    gate.spend(who, 10, exposure=leaving("z.3", "attn_out.3", maps=()))
+    gate.spend(
+        who, 10, exposure=leaving("z.4")
+    )  # what left under a looser policy is no reason against other rows
+    refused("policy", lambda: gate.ask(who, 10, exposure=leaving("z.3")))  # more of the same is
+    gate.spend(who, 10, exposure=leaving("z.3", maps=()))
 
 
 def test_both_ends_at_once_are_refused(gate: Room) -> None:
-    refused("policy", lambda: gate.ask(gate.key(), 10, exposure=ends(("m", "out"), ("m", "in"))))
+    refused("policy", lambda: gate.ask(gate.key(), 10, exposure=leaving("z.3", "attn_out.3")))
 
 
 def test_the_log_tells_only_what_was_new(gate: Room) -> None:
@@ -155,11 +224,6 @@ def test_fifty_threads_with_fifty_directions_get_the_rank_and_no_more(gate: Room
 )  # fmt: skip
 def test_directions_keep_to_their_grammar(site: str, sha: str, rank: Any) -> None:
     refused("bad_value", lambda: Direction(site, sha, rank))
-
-
-@pytest.mark.parametrize(("name", "end"), [("", "in"), ("a b", "in"), ("m", "both"), ("m", "")])
-def test_ends_keep_to_their_grammar(name: str, end: str) -> None:
-    refused("bad_value", lambda: End(name, end))
 
 
 def test_one_request_has_a_bounded_number_of_directions() -> None:

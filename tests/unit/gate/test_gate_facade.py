@@ -220,7 +220,7 @@ def test_of_one_map_one_side_leaves_whoever_asks(gate: Gate) -> None:
     gate.cancel(hold(gate, key(gate), use=Use(exported=((parse("z.3"), False),))), UNWANTED)
     other = key(gate)
     refusal = refused("policy", lambda: ask(gate, other, use=Use(exported=((parse("attn_out.3"), False),))))
-    assert refusal.path == "z>attn_out.3"
+    assert refusal.path == "z.3"
     assert isinstance(ask(gate, other, use=Use(exported=((parse("attn_out.2"), False),))), Hold)
 
 
@@ -228,8 +228,15 @@ def test_rows_of_the_first_position_are_the_side_of_more_maps(gate: Gate) -> Non
     gate.cancel(hold(gate, key(gate), use=Use(exported=((parse("attn_in.3"), True),))), UNWANTED)
     later = Use(exported=((parse("attn_out.3"), False),))
     first = Use(exported=((parse("attn_out.3"), True),))
-    assert refused("policy", lambda: ask(gate, key(gate), use=first)).path == "attn_in>attn_out.3@0"
+    assert refused("policy", lambda: ask(gate, key(gate), use=first)).path == "attn_in.3"
     assert isinstance(ask(gate, key(gate), use=later), Hold)
+
+
+def test_a_policy_may_let_both_ends_leave(gate: Gate) -> None:
+    both = Use(exported=((parse("z.3"), False), (parse("attn_out.3"), False)))
+    refused("policy", lambda: ask(gate, key(gate), use=both))
+    gate.policy = Policy.model_validate({"data": {"linear_maps": True}})
+    assert isinstance(ask(gate, key(gate), use=both), Hold)
 
 
 # ---- the end of a request -------------------------------------------------------------------------
