@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,7 +70,6 @@ def host(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Star
 
 @pytest.fixture
 def sockets() -> Iterator[Path]:
-    import shutil
     import tempfile
 
     made = Path(tempfile.mkdtemp(prefix="trocar-test-"))  # a short name: those of sockets are limited
@@ -251,6 +251,20 @@ def test_stopping_ends_all_of_them_and_the_ledger_is_whole(host: Started) -> Non
     ran = cli_server.command(host.serving.home, "ledger", "verify", "--data", str(host.serving.data))
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert job
+
+
+def test_a_policy_that_asks_for_three_is_not_taken_over_by_one(model: Path, tmp_path: Path) -> None:
+    """A folder that is nobody's catalog counts as a secret."""
+    secret = shutil.copytree(model, tmp_path / "secret")
+    with serving(tmp_path / "one", secret, "process") as one:
+        (one.serving.data / "policy.toml").write_text("[settings]\nisolation = 'host'\n")
+        one.serving.process.send_signal(signal.SIGHUP)
+        until(lambda: "docs/errors/limit_changed.md" in one.serving.said())
+        said = one.serving.said()
+        assert "the policy stays as it was" in said
+        assert "[limit_changed] at settings.isolation" in said
+        assert "policy read again" not in said
+        assert one.door.send("GET", "/v1/models").status_code == 200
 
 
 # ---- workers that nobody has to believe -----------------------------------------------------------

@@ -136,12 +136,26 @@ def _in_one(plan: Plan, address: Address, on_ready: Ready, stack: ExitStack) -> 
         create_app(service),
         assembly.halt,
         service.close,
-        lambda: gate.change_policy(plan.rules.read()),
+        lambda: _reload(plan, gate),
         spare_collector,
     )
     server = HttpServer(served, plan.log_level, on_ready)
     _print_start(assembly, address.url, access(gate, address.url, secret, plan.save_key))
     server.serve_until_stopped(address)
+
+
+def _reload(plan: Plan, gate: Gate) -> None:
+    """Takes the policy as it is now, unless one process is not enough for it any more."""
+    policy = plan.rules.read()
+    secret = _secret(plan.models)
+    if policy.settings.isolation == "host" and secret:
+        raise errors.refuse(
+            "limit_changed",
+            "settings.isolation",
+            f"{secret[0]!r} is secret and runs in this one process, which no policy can change",
+            next_step="Start the server anew with --isolation host.",
+        )
+    gate.change_policy(policy)
 
 
 def _require_one_is_enough(plan: Plan) -> None:

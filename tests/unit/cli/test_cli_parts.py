@@ -16,6 +16,8 @@ from trocar.cli.plan import Plan, Sizes
 from trocar.cli.serve_options import LogLevel, Network
 from trocar.cli.users import uid_of
 from trocar.errors import TrocarError
+from trocar.gate.gate import Gate
+from trocar.gate.policy import Policy, Tier
 from trocar.host.worker import cell
 
 
@@ -80,6 +82,35 @@ def test_a_server_in_three_parts_has_two_folders_and_says_who_is_who(tmp_path: P
     assert options["worker"]["--gate-user"] == options["front"]["--gate-user"] == mine
     assert options["worker"]["--network"] == options["gate"]["--network"] == "closed"
     assert options["gate"]["--worker-user"] == options["gate"]["--front-user"] == mine
+
+
+# ---- one process, and a policy that asks for three ----
+
+
+@pytest.mark.parametrize("secret", [True, False])
+def test_a_policy_that_asks_for_three_processes_needs_a_new_start(
+    secret: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "_secret", lambda names: list(names) if secret else [])
+    asked = plan(tmp_path, None)
+    asked.folder.make()
+    gate = Gate(f"sqlite:///{tmp_path}/ledger.db")
+    asked.folder.policy.write_text(
+        "[settings]\nisolation = 'host'\n[people.tiers.external]\nscalar_bits = 6\n"
+    )
+    entries = gate.ledger.head()
+    if secret:
+        with pytest.raises(TrocarError) as caught:
+            serve._reload(asked, gate)
+        assert (caught.value.code, caught.value.path) == ("limit_changed", "settings.isolation")
+        assert "--isolation host" in caught.value.refusals[0].next_step
+        assert gate.policy == Policy()
+        assert gate.ledger.head() == entries  # nothing was adopted, in the log neither
+        asked.folder.policy.write_text("[people.tiers.external]\nscalar_bits = 6\n")
+    serve._reload(asked, gate)  # what else is stricter is taken
+    assert gate.policy.settings.isolation == ("process" if secret else "host")
+    assert gate.policy.terms(Tier.external).scalar_bits == 6
+    gate.close()
 
 
 # ---- the worker's network -------------------------------------------------------------------------
