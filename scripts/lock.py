@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCK, CONSTRAINTS = ROOT / "server.lock", ROOT / "constraints.txt"
 COMPILE = ("pip", "compile", "--no-config", "--quiet", "--universal", "--python-version", "3.11", "--no-header",
            "--no-annotate", "--no-emit-index-url")  # fmt: skip
-SERVER = ("--extra", "server", "--extra", "postgres", "--extra", "tokens", "--generate-hashes",
+SERVER = ("--extra", "server", "--extra", "s3", "--extra", "postgres", "--extra", "tokens", "--generate-hashes",
           "--fork-strategy", "fewest")  # fmt: skip
 DEV = ("--extra", "dev", "--extra", "tokens")
 # What no requirement names: hatchling asks for the first when it builds an editable package; the second writes these.

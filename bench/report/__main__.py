@@ -30,6 +30,7 @@ SCALE = {
     "no_program_over_vectors_64": "no program / 64 vectors at one layer",
     "no_program_over_own_layer": "no program / 64 vectors at 30 layers",
 }
+DATABASES = {"sqlite": "SQLite", "postgres": "PostgreSQL"}
 
 
 def result(name: str) -> dict[str, Any]:
@@ -110,10 +111,65 @@ def scale() -> str:
     )
 
 
+def ledger() -> str:
+    """Pairs of reserve and settle by one thread and by fifty, compared with each other and with bare commits."""
+    bench = result("gate")
+    rows = [
+        (words, str(n), *(f"{bench[k][f'{name}_{n}']:.1f}" for k in ("pairs_per_s", "median_ms", "p99_ms")))
+        for name, words in DATABASES.items()
+        for n in (1, 50)
+    ]
+    compared = {"50_over_1": "pairs/s, 50 threads / 1", "over_raw": "time, two bare commits / a pair"}
+    ratios = [
+        (words, text, *ratio(bench, f"{name}_{end}"))
+        for end, text in compared.items()
+        for name, words in DATABASES.items()
+    ]
+    return (
+        table(("ledger in", "threads", "pairs/s", "median, ms", "99th percentile, ms"), *rows)
+        + "\n"
+        + table(("ledger in", "compared", "ratio", "over all turns", "goal"), *ratios)
+        + measured_on(bench)
+    )
+
+
+def gate() -> str:
+    """What of a request is the gate: one less the ratio of the run alone to the whole."""
+    bench = result("gate")
+    rows = []
+    for name, words in DATABASES.items():
+        of = f"request_{name}"
+        low, high = bench["spread"][of]
+        part, least, most = (f"{1 - x:.1%}" for x in (bench["ratios"][of], high, low))
+        rows.append((words, part, f"{least} to {most}", f"<= {1 - bench['goals'][of]:.0%}"))
+    return table(("ledger in", "the gate's part", "over all turns", "goal"), *rows) + measured_on(bench)
+
+
+def isolation() -> str:
+    bench = result("isolation")
+    rows = []
+    for name in bench["ratios"]:
+        tokens = name.removeprefix("tokens_")
+        times = (f"{bench['median_ms'][f'{name}_{side}']:.0f}" for side in ("process", "host"))
+        rows.append((tokens, *times, *ratio(bench, name)))
+    head = ("new tokens", "one process, ms", "three, ms", "one / three", "over all turns", "goal")
+    return table(head, *rows) + measured_on(bench)
+
+
+PARTS = {
+    "overhead": overhead,
+    "tenants": tenants,
+    "check": check,
+    "scale": scale,
+    "ledger": ledger,
+    "gate": gate,
+    "isolation": isolation,
+}
+
+
 def filled(page: str) -> str:
     """The page with its measured parts as the results say."""
-    parts = {"overhead": overhead, "tenants": tenants, "check": check, "scale": scale}
-    return _PART.sub(lambda m: m[1] + parts[m[2]]() + m[4], page)
+    return _PART.sub(lambda m: m[1] + PARTS[m[2]]() + m[4], page)
 
 
 def main() -> int:

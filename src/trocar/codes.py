@@ -216,6 +216,9 @@ TABLE: Final[tuple[Code, ...]] = (
          "Name a folder of your own with --data or TROCAR_DATA."),
     Code("start_failed", "RunFailed", "A process of the server did not come up.",
          "Read what the process said: the worker in worker.log, the others here."),
+    Code("network_open", "RunFailed", "A worker that cannot leave the machine's network.",
+         "Start it where there is no network (a container without one, systemd's PrivateNetwork=yes, unshare --net), "
+         "or add --network allowed."),
     Code("cannot_listen", "ClientError", "The address is taken or is not one of this machine's.",
          "Choose another --port; 0 picks a free one."),
 )

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trocar.attacks.layer import INJECTED, unfolded
 from trocar.attacks.loot import TOLERANCE, Fact, Loot, Piece, Score, floor, score
+from trocar.attacks.unembedding import rank
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -108,3 +110,31 @@ def test_a_loot_better_than_its_bits_is_noticed() -> None:
     assert not good.breaks(1000)
     assert good.breaks(int(1000 * (1 - 2 * TOLERANCE)))
     assert Score(10, 1000, 0, error=1.0, matrix_error=0.1).breaks(1)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-7, 1e-4])
+def test_the_width_is_where_the_numbers_drop(noise: float) -> None:
+    """Not where they are 0 because every row was centred."""
+    rng = np.random.default_rng(2)
+    table = gaussian(30, 12) @ rng.normal(size=(12, 40)) + noise * rng.normal(size=(30, 40))
+    assert rank(table - table.mean(axis=1, keepdims=True)) == 12
+    turned = table.T
+    assert rank(turned - turned.mean(axis=1, keepdims=True)) == 12
+
+
+def answers(gate: np.ndarray, up: np.ndarray, size: float) -> np.ndarray:
+    """What a gated MLP's neurons say to basis vectors of this size."""
+    return size * gate / (1.0 + np.exp(-size * gate)) * size * up
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_two_answers_give_both_weights_where_they_are_larger_than_their_rounding(bits: int) -> None:
+    gate, up = 0.05 * gaussian(20, 30), 0.05 * gaussian(20, 30, seed=1)
+    plus, minus = (answers(gate, up, s) for s in (INJECTED, -INJECTED))
+    if bits < 32:
+        step = np.abs([plus, minus]).max(axis=(0, 2))[:, None] * 2.0 ** (1 - bits)
+        plus, minus = (np.round(x / step) * step for x in (plus, minus))
+    found = unfolded(plus, minus, bits)
+    for mine, true in zip(found, (gate, up), strict=True):
+        off = np.nan_to_num(mine) - true
+        assert np.linalg.norm(off) < (1e-3 if bits == 32 else 0.9) * np.linalg.norm(true)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from trocar.attacks.table import ATTACKS, BY_NAME, Attack
 from trocar.cli import attack_room
 from trocar.cli.app import main
-from trocar.cli.attack_room import Row, problems
+from trocar.cli.attack_room import Played, Row, problems
 from trocar.codes import CODES
 from trocar.gate.policy import Policy, Tier
 
@@ -19,11 +21,11 @@ from trocar.gate.policy import Policy, Tier
 REAL = {
     "embedding-read": (1e-6, 1.0),
     "hidden-dimension": (0.0, 0.0),
-    "subspace": (0.05, 0.0),
+    "subspace": (1e-5, 0.0),
     "steer-logprobs": (1e-5, 1.0),
     "basis-injection": (1e-3, 1.0),
     "passive-regression": (1e-4, 1.0),
-    "activation-target": (1e-3, 1.0),
+    "activation-target": (0.01, 1.0),
     "gradient-read": (1e-6, 1.0),
     "boolean-oracle": (0.02, 1.0),
     "k-average": (1e-4, 1.0),
@@ -37,8 +39,23 @@ RULED = {"activation-target": "policy", "boolean-oracle": "rank_exhausted"}
 
 
 @pytest.fixture(scope="module")
-def rows() -> dict[str, Row]:
-    return {row.attack: row for row in attack_room.play("random", ATTACKS)}
+def played() -> Played:
+    return attack_room.play("random", ATTACKS)
+
+
+@pytest.fixture(scope="module")
+def rows(played: Played) -> dict[str, Row]:
+    return {row.attack: row for row in played.rows}
+
+
+@pytest.fixture
+def again(played: Played, rows: dict[str, Row], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command plays what was played already."""
+
+    def chosen(_model: str, attacks: Sequence[Attack], **_: Any) -> Played:
+        return replace(played, rows=tuple(rows[a.name] for a in attacks))
+
+    monkeypatch.setattr(attack_room, "play", chosen)
 
 
 def test_every_attack_is_judged() -> None:
@@ -67,6 +84,7 @@ def test_an_attack_is_stopped(rows: dict[str, Row], attack: Attack) -> None:
     assert on.refusals
     assert set(on.refusals) <= set(CODES)
     assert on.recovered <= on.matrix_weights / 10
+    assert on.error <= 1.0  # an attack that guesses worse than nothing would prove nothing
 
 
 @pytest.mark.parametrize("attack", [a for a in ATTACKS if not a.offline], ids=lambda a: a.name)
@@ -85,9 +103,9 @@ PATIENT = ("embedding-read", "subspace", "steer-logprobs", "coalition")
 
 @pytest.fixture(scope="module")
 def waited() -> dict[str, Row]:
-    return {
-        row.attack: row for row in attack_room.play("random", [BY_NAME[n] for n in PATIENT], patient=True)
-    }
+    played = attack_room.play("random", [BY_NAME[n] for n in PATIENT], patient=True)
+    assert played.limits.day_bits == played.limits.life_bits
+    return {row.attack: row for row in played.rows}
 
 
 @pytest.mark.parametrize("name", PATIENT)
@@ -118,28 +136,44 @@ def test_what_must_not_be_is_noticed(rows: dict[str, Row]) -> None:
     assert all(words in " ".join(problems(attack, side)) for words, side in bad.items())
 
 
-def test_the_command_prints_a_table(
-    rows: dict[str, Row], monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.setattr(attack_room, "play", lambda _model, attacks, **_: [rows[a.name] for a in attacks])
+@pytest.mark.usefixtures("again")
+def test_the_command_prints_a_table(capsys: Any) -> None:
     assert main(["attack", "run"]) == 0
     said = capsys.readouterr().out
     assert all(a.name in said for a in ATTACKS)
     assert "not through the server" in said
     assert "nothing came out that was not charged for" in said
-    assert main(["attack", "run", "--attack", "coalition", "--json"]) == 0
+
+
+@pytest.mark.usefixtures("again")
+def test_the_command_writes_what_it_prints_as_json(played: Played, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "attacks.json"
+    assert main(["attack", "run", "--attack", "coalition", "--json", "--out", str(out)]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [row["attack"] for row in found] == ["coalition"]
-    assert found[0]["secret"]["charged_bits"] <= found[0]["secret"]["limit_bits"]
+    assert json.loads(out.read_text()) == found
+    assert [row["attack"] for row in found["rows"]] == ["coalition"]
+    assert found["rows"][0]["secret"]["charged_bits"] <= found["limits"]["life_bits"]
+    assert found["rows"][0]["secret"]["limit_bits"] == found["limits"]["life_bits"]
+    assert (found["model"], found["fingerprint"]) == ("random", played.fingerprint)
+    assert "cores" in found["machine"]
+
+
+@pytest.mark.usefixtures("again")
+def test_a_file_that_cannot_be_written_is_said_before(tmp_path: Path, capsys: Any) -> None:
+    assert main(["attack", "run", "--out", str(tmp_path / "no" / "attacks.json")]) == 2
+    said = capsys.readouterr()
+    assert "cannot be written" in said.err
+    assert said.out == ""
 
 
 def test_the_command_fails_when_more_came_out(
-    rows: dict[str, Row], monkeypatch: pytest.MonkeyPatch, capsys: Any
+    played: Played, rows: dict[str, Row], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:
     bad = replace(rows["coalition"], problems=("12 bits came, 11 were charged",))
-    monkeypatch.setattr(attack_room, "play", lambda _model, _attacks, **_: [bad])
-    assert main(["attack", "run", "--attack", "coalition"]) == 1
+    monkeypatch.setattr(attack_room, "play", lambda _model, _attacks, **_: replace(played, rows=(bad,)))
+    assert main(["attack", "run", "--attack", "coalition", "--out", str(tmp_path / "bad.json")]) == 1
     assert "coalition: 12 bits came, 11 were charged" in capsys.readouterr().out
+    assert json.loads((tmp_path / "bad.json").read_text())["rows"][0]["problems"]  # a bad run is kept too
 
 
 def test_an_unknown_attack_is_refused(capsys: Any) -> None:

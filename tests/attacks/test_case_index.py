@@ -16,9 +16,7 @@ _NUMBERED = re.compile(r"test_(?:case|attack_\w*?case)_(\d\d)(?:_|$)")
 _RANGE = re.compile(r"test_case_(\d\d)_(?:to|and)_(\d\d)_")
 
 # What cannot be tested yet, with what it waits for. A number leaves this table when its test exists.
-WAITING: dict[int, str] = {
-    59: "a worker in a process of its own: in one process, what takes the memory takes the server with it",
-}
+WAITING: dict[int, str] = {}
 # Numbers of the extraction suite, whose tests are named after attacks: the test, and the attack where it runs several.
 EXTRACTIONS: dict[int, tuple[str, str]] = {
     70: ("test_an_attack_is_stopped", "embedding-read"),

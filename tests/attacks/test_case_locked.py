@@ -27,7 +27,7 @@ LOCK = (ROOT / "server.lock").read_text()
 CONSTRAINTS = (ROOT / "constraints.txt").read_text()
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
-SERVER, EVERYTHING = ("server", "postgres", "tokens"), tuple(PROJECT["optional-dependencies"])
+SERVER, EVERYTHING = ("server", "s3", "postgres", "tokens"), tuple(PROJECT["optional-dependencies"])
 # A server on Linux and one on a system that has no CUDA.
 LINUX = {
     "sys_platform": "linux",
@@ -236,6 +236,7 @@ def relock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., lis
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "tool" / "uv").mkdir(parents=True)
+    (tmp_path / "tool" / "uv" / "__init__.py").touch()  # or one that is installed would come first
     (tmp_path / "tool" / "uv" / "__main__.py").write_text(TOOL)
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "tool"), "TOOL_LOG": str(tmp_path / "log")}
 

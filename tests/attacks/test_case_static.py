@@ -104,10 +104,10 @@ def test_case_62_patterns_are_linear() -> None:
                 "-" * 50_000,
             ):
                 text: Any = bad.encode() if isinstance(value.pattern, bytes) else bad
-                started = time.perf_counter()
+                started = time.thread_time()
                 value.match(text)
                 value.fullmatch(text)
-                assert time.perf_counter() - started < 1, (name_of(path), value.pattern)
+                assert time.thread_time() - started < 1, (name_of(path), value.pattern)
     assert found > 8
 
 

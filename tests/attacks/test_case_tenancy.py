@@ -321,8 +321,8 @@ def test_case_34_paths_in_ids(world: World, path: str) -> None:
 def test_case_34_links_in_the_store_are_not_followed(world: World) -> None:
     """A file of the store that became a link to another tenant's file is not read."""
     mine, other = kept(world.attacker), kept(world.neighbour)
-    depot = world.server.store._depot
-    ours, theirs = (sorted((depot._data / h).iterdir()) for h in (mine, other))
+    data = world.server.store._depot.shelf._data
+    ours, theirs = (sorted((data / h).iterdir()) for h in (mine, other))
     target = next(p for p in ours if p.stat().st_size >= 12 * 32 * 4)
     was = target.read_bytes()
     target.unlink()
@@ -334,7 +334,7 @@ def test_case_34_links_in_the_store_are_not_followed(world: World) -> None:
         )
         heard = world.attacker.run(patch)
         assert codes(heard)[0] in ("internal", "store_damaged")
-        clean(heard, str(depot._data))
+        clean(heard, str(data))
     finally:
         target.unlink()
         target.write_bytes(was)

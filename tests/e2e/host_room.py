@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ from typing import Any
 
 import cli_server
 import httpx
+import pytest
 from cli_server import Serving
 
 from trocar.models import cache
@@ -23,17 +26,44 @@ from trocar.models.fingerprint import fingerprint, stamp
 NAME = "tiny"
 WAIT_S = 60.0
 COME_UP_S = 180.0
+_ASK = "from trocar.host.worker import cell; print('closed' if cell.can_close_network() else 'allowed')"
+NETWORK = subprocess.run(
+    [sys.executable, "-c", _ASK], capture_output=True, text=True, check=True
+).stdout.strip()
+"""What a worker on this machine can promise."""
 
 
-def make_model(root: Path, model: Any, tokenizer: Any) -> Path:
-    """A model directory as a pull leaves it, under the cache `root`."""
-    home = root / "models" / "tiny-1"
+def tree() -> Any:
+    """The conftest of the whole tree: every folder's own is called the same."""
+    spec = importlib.util.spec_from_file_location("tests_conftest", Path(__file__).parents[1] / "conftest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def tiny_cache(root: Path) -> Iterator[Path]:
+    """A cache that holds one tiny model, while it is the cache of whatever is started."""
+    parts = tree()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TROCAR_CACHE", str(root))
+        yield make_model(root, parts.random_llama(), parts.byte_tokenizer())
+
+
+def make_model(
+    root: Path, model: Any, tokenizer: Any, name: str = NAME, secret_bits: int | None = None
+) -> Path:
+    """A model directory as a pull leaves it, under the cache `root`; of open weights, or a secret of so many bits."""
+    home = root / "models" / f"{name}-1"
     model.save_pretrained(home)
     tokenizer.save_pretrained(home)
     parameters = sum(p.numel() for p in model.parameters())
     manifest = cache.Manifest(
         source="catalog",
-        name=NAME,
+        name=name,
         package=None,
         version=None,
         sha256=None,
@@ -41,10 +71,10 @@ def make_model(root: Path, model: Any, tokenizer: Any) -> Path:
         fingerprint=fingerprint(home),
         stamp=stamp(home),
         license="unknown",
-        lineage=NAME,
-        open_weights=True,
+        lineage=name,
+        open_weights=secret_bits is None,
         parameters=parameters,
-        weight_bits=32 * parameters,
+        weight_bits=secret_bits or 32 * parameters,
     )
     (home / cache.MANIFEST).write_text(manifest.model_dump_json())
     return home
@@ -107,12 +137,19 @@ class Started:
     serving: Serving
     door: Door
 
+    def key(self, tenant: str, tier: str) -> Door:
+        """The door of a new key."""
+        words = ("key", "create", "--tenant", tenant, "--tier", tier, "--json")
+        ran = cli_server.command(self.serving.home, *words, "--data", str(self.serving.data))
+        assert ran.returncode == 0, ran.stderr
+        return Door(self.door.url, json.loads(ran.stdout)["secret"])
+
     def parts(self) -> dict[str, int]:
         """Process ids of the three parts, by their names."""
         found = {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
-                parent = int(stat.read_text().rpartition(")")[2].split()[1])
+                parent = int(stat.read_bytes().rpartition(b")")[2].split()[1])
                 words = (stat.parent / "cmdline").read_bytes().decode().split("\0")
             except OSError:
                 continue
@@ -126,10 +163,11 @@ class Started:
 
 
 @contextmanager
-def serving(home: Path, model: Path, isolation: str) -> Iterator[Started]:
+def serving(home: Path, model: Path, isolation: str, *more: Path) -> Iterator[Started]:
     """A started server on a data folder of its own."""
     home.mkdir(exist_ok=True)
-    started = cli_server.start(home, "--model", str(model), "--threads", "1", "--isolation", isolation)
+    models = [word for each in (model, *more) for word in ("--model", str(each))]
+    started = cli_server.start(home, *models, "--threads", "1", "--isolation", isolation)
     try:
         yield Started(started, Door(started.url, started.secret))
     finally:
@@ -144,12 +182,15 @@ def by_hand(home: Path, sockets: Path, model: Path, worker: Sequence[str]) -> It
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
     data, said = home / "data", home / "said"
+    w, g = (str(sockets / name / "s") for name in ("w", "g"))
+    for path in (w, g):
+        Path(path).parent.mkdir(mode=0o700)
     trocar = (sys.executable, "-m", "trocar.cli.app")
     named = ("--model", str(model), "--data", str(data))
     commands = [
-        (*worker, *named, "--socket", str(sockets / "w"), "--threads", "1"),
-        (*trocar, "gate", *named, "--worker", str(sockets / "w"), "--socket", str(sockets / "g")),
-        (*trocar, "front", "--gate", str(sockets / "g"), "--port", str(port)),
+        (*worker, *named, "--socket", w, "--network", NETWORK, "--threads", "1"),
+        (*trocar, "gate", *named, "--worker", w, "--socket", g, "--network", NETWORK),
+        (*trocar, "front", "--gate", g, "--port", str(port)),
     ]
     with said.open("wb") as sink:
         processes = [
@@ -157,7 +198,7 @@ def by_hand(home: Path, sockets: Path, model: Path, worker: Sequence[str]) -> It
             for c in commands
         ]  # fmt: skip
     try:
-        until(lambda: (sockets / "g").exists() or any(p.poll() is not None for p in processes), COME_UP_S)
+        until(lambda: Path(g).exists() or any(p.poll() is not None for p in processes), COME_UP_S)
         assert [p.poll() for p in processes] == [None] * 3, said.read_text()
         [word] = [w for w in said.read_text().split() if w.startswith("TROCAR_API_KEY=")]
         door = Door(f"http://127.0.0.1:{port}", word.partition("=")[2])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +18,7 @@ import cli_server
 import httpx
 import pytest
 from evil_worker import HOWS, SECRET
-from host_room import COME_UP_S, Door, Started, by_hand, code, make_model, serving, until
+from host_room import COME_UP_S, NETWORK, Door, Started, by_hand, code, serving, tiny_cache, until
 from leaky_worker import SECRET as LEAK
 
 from trocar.engine.hf.engine import HFEngine
@@ -56,24 +56,10 @@ LONG = body(
 QUICK = body(LP)
 
 
-def _tree() -> Any:
-    """The conftest of the whole tree: every folder's own is called the same."""
-    spec = importlib.util.spec_from_file_location("tests_conftest", Path(__file__).parents[1] / "conftest.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    tree = _tree()
-    root = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TROCAR_CACHE", str(root))
-        yield make_model(root, tree.random_llama(), tree.byte_tokenizer())
+    with tiny_cache(tmp_path_factory.mktemp("cache")) as home:
+        yield home
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +70,6 @@ def host(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Star
 
 @pytest.fixture
 def sockets() -> Iterator[Path]:
-    import shutil
     import tempfile
 
     made = Path(tempfile.mkdtemp(prefix="trocar-test-"))  # a short name: those of sockets are limited
@@ -131,7 +116,8 @@ def everything(door: Door) -> dict[str, str]:
 
 def test_three_processes_answer_as_one(host: Started, model: Path, tmp_path: Path) -> None:
     with serving(tmp_path / "one", model, "process") as one:
-        assert one.door.send("GET", "/v1/capabilities").json()["isolation"] == "process"
+        told = one.door.send("GET", "/v1/capabilities").json()
+        assert (told["isolation"], told["network"]) == ("process", "allowed")
         expected = everything(one.door)
         facts = one.door.send("GET", "/v1/models").json()
     assert host.door.send("GET", "/v1/capabilities").json()["isolation"] == "host"
@@ -149,6 +135,8 @@ def test_the_start_says_what_it_is(host: Started) -> None:
     alone = "worker: has no network" in said
     assert alone or "worker: shares this machine's network" in said
     assert ("network closed" in host.log) is alone
+    told = host.door.send("GET", "/v1/capabilities").json()
+    assert told["network"] == ("closed" if alone else "allowed") == NETWORK
 
 
 def test_the_worker_has_no_sockets_but_unix_ones(host: Started) -> None:
@@ -263,6 +251,20 @@ def test_stopping_ends_all_of_them_and_the_ledger_is_whole(host: Started) -> Non
     ran = cli_server.command(host.serving.home, "ledger", "verify", "--data", str(host.serving.data))
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert job
+
+
+def test_a_policy_that_asks_for_three_is_not_taken_over_by_one(model: Path, tmp_path: Path) -> None:
+    """A folder that is nobody's catalog counts as a secret."""
+    secret = shutil.copytree(model, tmp_path / "secret")
+    with serving(tmp_path / "one", secret, "process") as one:
+        (one.serving.data / "policy.toml").write_text("[settings]\nisolation = 'host'\n")
+        one.serving.process.send_signal(signal.SIGHUP)
+        until(lambda: "docs/errors/limit_changed.md" in one.serving.said())
+        said = one.serving.said()
+        assert "the policy stays as it was" in said
+        assert "[limit_changed] at settings.isolation" in said
+        assert "policy read again" not in said
+        assert one.door.send("GET", "/v1/models").status_code == 200
 
 
 # ---- workers that nobody has to believe -----------------------------------------------------------

@@ -95,6 +95,6 @@ def test_the_nearest_word() -> None:
 
 
 def test_looking_for_the_nearest_word_is_bounded() -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     errors.closest("ab" * 1_000_000, (f"{'ab' * 30}{i}" for i in range(1_000_000)))
-    assert time.perf_counter() - started < 0.5
+    assert time.thread_time() - started < 0.5

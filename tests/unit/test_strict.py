@@ -171,10 +171,10 @@ def test_legal_json_passes_unchanged() -> None:
 
 
 def seconds(raw: bytes, model: type[Any]) -> float:
-    started = time.perf_counter()
+    started = time.thread_time()  # of this thread: a busy machine makes it no longer
     with pytest.raises(errors.TrocarError):
         strict.parse(model, raw)
-    return time.perf_counter() - started
+    return time.thread_time() - started
 
 
 RUN = b'{"model":"m","program":{"nodes":[{"op":"text","id":"t"}]},"prompts":['

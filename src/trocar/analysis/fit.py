@@ -1,62 +1,77 @@
-"""The verb `fit`: one split, every site, the same scores; see `probes` for what is fitted.
+"""The verb `fit`: one split, every site, the same scores; see `probes` and `logistic` for what is fitted.
 
-It refuses what cannot be fitted and tested honestly, in terms of labels and rows. It reads one site at a
-time, so a mapping of loaders never holds two sites in memory.
+It refuses what cannot be fitted and tested honestly, in terms of labels and rows. It reads one site at a time, in
+blocks, so memory holds scores and sums, and never the rows.
+
+- `mean_diff`: direction = mean of the upper class minus mean of the lower class; the probe's weights are
+  the direction, its bias lies at the midpoint (Marks and Tegmark 2023, section 5).
+- `logistic`: regularised logistic regression on standardised features, folded back to raw space.
+  direction = the unit weight vector times the distance between the class means along it.
+- `lda`: linear discriminant analysis, regularised; direction as for `logistic`.
+- `multinomial`: logistic regression with up to 256 classes; for each class a weight vector, and a direction =
+  the unit weight vector times the distance of the class's mean from that of all others along it.
+- `ridge`: L2-regularised least squares on standardised features. direction = the unit weight vector times
+  one standard deviation of the rows along it, so that adding it moves the prediction by one standard
+  deviation of the predictions.
+
+So in each case adding 1.0 * direction is one natural step of that site, and coefficients mean the same at
+every site and for every kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from trocar import errors
-from trocar.analysis import metrics, probes
-from trocar.analysis.labels import Floats, Given
+from trocar.analysis.labels import Given
 from trocar.analysis.probes import Probe
-from trocar.analysis.results import ClassMetrics, FitResult, Kind, RidgeMetrics, SiteFit
+from trocar.analysis.report import report
+from trocar.analysis.results import FitResult, Kind, SiteFit
+from trocar.analysis.site import ClassWeight, Penalty, fit_probes, rows_of, scores_of
+from trocar.analysis.source import ArraySource, Source
 from trocar.analysis.trial import Trial, plan
 
 Rows = npt.NDArray[np.float32] | npt.NDArray[np.float64]
-Source = Rows | Callable[[], Rows]
-KINDS: Final = ("logistic", "mean_diff", "ridge")
-L2_RANGE: Final = (1e-3, 1e9)
+GivenRows = Rows | Source | Callable[[], Rows | Source]
+KINDS: Final = ("lda", "logistic", "mean_diff", "multinomial", "ridge")
+LOGISTIC: Final = ("logistic", "multinomial")
+PENALTY_RANGE: Final = (1e-3, 1e9)
+MOST_FOLDS: Final = 50
 DEFAULT_L2_PER_WIDTH: Final = 0.1
 """A prior under which scores of uncorrelated features have variance 10, whatever the width."""
 
 
 def fit(
     kind: Kind,
-    rows_by_site: Mapping[str, Source],
+    rows_by_site: Mapping[str, GivenRows],
     labels: Given,
     groups: Given | None = None,
     *,
     test_fraction: float = 0.25,
     seed: int = 0,
     l2: float | None = None,
+    l1: float | None = None,
+    class_weight: ClassWeight | None = None,
+    folds: int = 0,
 ) -> FitResult:
-    """Fits one direction per site and tests it on held-out rows.
-
-    - `mean_diff`: direction = mean of the upper class minus mean of the lower class; the probe's weights are
-      the direction, its bias lies at the midpoint (Marks and Tegmark 2023, section 5).
-    - `logistic`: L2-regularised logistic regression on standardised features, folded back to raw space.
-      direction = the unit weight vector times the distance between the class means along it.
-    - `ridge`: L2-regularised least squares on standardised features. direction = the unit weight vector times
-      one standard deviation of the rows along it, so that adding it moves the prediction by one standard
-      deviation of the predictions.
-
-    So in each case adding 1.0 * direction is one natural step of that site, and coefficients mean the same at
-    every site and for every kind.
+    """Fits one direction per site and tests it on held-out rows; the module says what each kind is.
 
     Args:
-        rows_by_site: float [n, width] by site, or a function that loads it.
+        rows_by_site: by site, a source or float [n, width], or a function that gives either. Rows are read as float32.
         labels: n ints or bools of two values (the larger is the upper class), or n finite numbers for ridge.
         groups: n ints or strings; rows of a group stay on one side of the split and are resampled together.
         test_fraction: share of the groups (of each class) that is held out, in (0, 1).
-        seed: non-negative; decides split, control and bootstrap.
-        l2: the penalty, in the sense of `probes.logistic` and `probes.ridge`; default width / 10.
+        seed: non-negative; decides split, control, folds and bootstrap.
+        l2: the penalty of squared standardised weights; default width / 10, or 0 beside an `l1`.
+        l1: the penalty of absolute standardised weights; `logistic` alone has one.
+        class_weight: "balanced" lets both classes of a logistic fit count the same, however rare one is.
+        folds: how many folds of a cross-validation over all rows, from 2 to 50; 0 for none.
 
     Raises:
         ProgramError: `bad_labels`, `too_few_rows`, `rows_mismatch`, `rows_not_finite`, `bad_value`.
@@ -64,30 +79,43 @@ def fit(
     """
     if not rows_by_site:
         raise errors.refuse("bad_value", "sites", "there is no site to fit")
-    _check_options(kind, test_fraction, seed, l2)
-    trial = plan(kind, labels, groups, test_fraction, seed)
+    check_split(test_fraction, seed)
+    _check_penalties(kind, l2, l1, class_weight, folds)
+    trial = plan(kind, labels, groups, test_fraction, seed, folds)
     found: dict[str, SiteFit] = {}
     penalties: dict[str, float] = {}
-    for site, source in rows_by_site.items():
-        x = _rows(site, source, len(trial.y))
-        penalty = l2 if l2 is not None else DEFAULT_L2_PER_WIDTH * x.shape[1]
-        found[site] = _fit_site(x, trial, penalty)
+    for site, given in rows_by_site.items():
+        with at(site):
+            source = read(given, len(trial.y))
+            default = 0.0 if l1 is not None else DEFAULT_L2_PER_WIDTH * source.width
+            penalty = Penalty(default if l2 is None else l2, l1 or 0.0, class_weight)
+            found[site] = _fit_site(source, trial, penalty)
         if kind != "mean_diff":
-            penalties[site] = penalty
+            penalties[site] = penalty.l2
     split = trial.split
     return FitResult(kind, trial.classes, seed, test_fraction, penalties, split.train, split.test, found)
 
 
 def check(
-    kind: Kind, labels: Given, groups: Given | None, *, test_fraction: float, seed: int, l2: float | None
+    kind: Kind,
+    labels: Given,
+    groups: Given | None,
+    *,
+    test_fraction: float,
+    seed: int,
+    l2: float | None,
+    l1: float | None = None,
+    class_weight: ClassWeight | None = None,
+    folds: int = 0,
 ) -> None:
     """Everything about a fit that its request alone can get wrong, before any row is read.
 
     Raises:
         ProgramError: `bad_labels`, `too_few_rows`, `bad_value`.
     """
-    _check_options(kind, test_fraction, seed, l2)
-    plan(kind, labels, groups, test_fraction, seed)
+    check_split(test_fraction, seed)
+    _check_penalties(kind, l2, l1, class_weight, folds)
+    plan(kind, labels, groups, test_fraction, seed, folds)
 
 
 def sizes(
@@ -98,82 +126,69 @@ def sizes(
     return len(split.train), len(split.test)
 
 
-def _check_options(kind: str, test_fraction: float, seed: int, l2: float | None) -> None:
-    if kind not in KINDS:
-        raise errors.refuse(
-            "bad_value", "kind", f"{kind!r} is not a fit", closest=errors.closest(kind, KINDS)
-        )
+def check_split(test_fraction: float, seed: int) -> None:
+    """Refuses with `bad_value` what no split can be drawn with."""
     if not 0 < test_fraction < 1:
         raise errors.refuse("bad_value", "test_fraction", f"{test_fraction!r} is not between 0 and 1")
     if seed < 0:
         raise errors.refuse("bad_value", "seed", f"{seed!r} is negative")
+
+
+def _check_penalties(
+    kind: str, l2: float | None, l1: float | None, class_weight: str | None, folds: int
+) -> None:
+    if kind not in KINDS:
+        reason = f"{kind!r} is not a fit"
+        raise errors.refuse("bad_value", "kind", reason, closest=errors.closest(kind, KINDS))
+    low, high = PENALTY_RANGE
     if l2 is not None and kind == "mean_diff":
         raise errors.refuse("bad_value", "l2", "mean_diff has no penalty: leave l2 out")
-    if l2 is not None and not L2_RANGE[0] <= l2 <= L2_RANGE[1]:
-        raise errors.refuse("bad_value", "l2", f"{l2!r} is not between {L2_RANGE[0]:g} and {L2_RANGE[1]:g}")
+    for name, penalty in (("l2", l2), ("l1", l1)):
+        if penalty is not None and not low <= penalty <= high:
+            raise errors.refuse("bad_value", name, f"{penalty!r} is not between {low:g} and {high:g}")
+    if l1 is not None and kind != "logistic":
+        raise errors.refuse("bad_value", "l1", f"{kind} has no L1 penalty: leave l1 out")
+    if class_weight is not None and (kind not in LOGISTIC or class_weight != "balanced"):
+        reason = f'{class_weight!r} for {kind}: logistic and multinomial take "balanced"'
+        raise errors.refuse("bad_value", "class_weight", reason)
+    if folds and not 2 <= folds <= MOST_FOLDS:
+        raise errors.refuse("bad_value", "folds", f"{folds!r} is not between 2 and {MOST_FOLDS}")
 
 
-def _rows(site: str, source: Source, n: int) -> Floats:
-    array: npt.NDArray[Any] = source() if callable(source) else source
-    if array.ndim != 2 or array.dtype.kind != "f":
-        reason = f"{site} holds {array.dtype} of rank {array.ndim}, not floats [n, width]"
-        raise errors.refuse("rows_mismatch", f"sites.{site}", reason)
-    if len(array) != n:
-        raise errors.refuse("bad_labels", "labels", f"{n} labels for {len(array)} rows at {site}")
-    x = array.astype(np.float64)
-    if not np.isfinite(x).all():
-        raise errors.refuse("rows_not_finite", f"sites.{site}", f"a row at {site} holds NaN or an infinity")
-    return x
+@contextmanager
+def at(site: str) -> Iterator[None]:
+    """What is said of "rows" inside is said of a site."""
+    try:
+        yield
+    except errors.TrocarError as e:
+        named = [replace(r, path=f"sites.{site}") if r.path == "rows" else r for r in e.refusals]
+        raise type(e)(named) from None
 
 
-def _fit_site(x: Floats, trial: Trial, l2: float) -> SiteFit:
-    train, test = trial.split.train, trial.split.test
-    probe, sham = _probes(trial.kind, x[train], (trial.y[train], trial.control[train]), l2)
-    weights = probe.weights.astype(np.float32)
-    scores = x @ weights.astype(np.float64) + probe.bias  # what is stored is what is scored
-    sham_scores = x[test] @ sham.weights + sham.bias
-    measure = _ridge_metrics if trial.kind == "ridge" else _class_metrics
-    return SiteFit(
-        probe.direction.astype(np.float32), weights, probe.bias, measure(scores, sham_scores, trial)
-    )
+def read(given: GivenRows, n: int) -> Source:
+    """The rows of a site as a source of n rows.
+
+    Raises:
+        ProgramError: `rows_mismatch`, `bad_labels`.
+    """
+    source = as_source(given() if callable(given) else given)
+    if len(source) != n:
+        raise errors.refuse("bad_labels", "labels", f"{n} labels for {len(source)} rows")
+    return source
 
 
-def _probes(kind: Kind, x: Floats, targets: Sequence[Floats], l2: float) -> list[Probe]:
-    if kind == "mean_diff":
-        return [probes.mean_diff(x, y) for y in targets]
-    s = probes.standardise(x)
-    fitted = probes.logistic if kind == "logistic" else probes.ridge
-    return [fitted(s, x, y, l2) for y in targets]
+def as_source(rows: Rows | Source) -> Source:
+    """Rows as a source; arrays become one.
+
+    Raises:
+        ProgramError: `rows_mismatch`.
+    """
+    return ArraySource(rows) if isinstance(rows, np.ndarray) else rows
 
 
-def _class_metrics(scores: Floats, sham_scores: Floats, trial: Trial) -> ClassMetrics:
-    train, test = trial.split.train, trial.split.test
-    y, right = trial.y, (scores > 0) == (trial.y == 1)
-    return ClassMetrics(
-        n_train=len(train),
-        n_test=len(test),
-        train_counts=(int((y[train] == 0).sum()), int((y[train] == 1).sum())),
-        test_counts=(int((y[test] == 0).sum()), int((y[test] == 1).sum())),
-        train_auroc=metrics.auroc(scores[train], y[train]),
-        test_auroc=metrics.auroc(scores[test], y[test]),
-        train_accuracy=float(right[train].mean()),
-        test_accuracy=float(right[test].mean()),
-        interval=_interval(metrics.weighted_auroc(scores[test], y[test]), trial),
-        control_auroc=metrics.auroc(sham_scores, trial.control[test]),
-    )
-
-
-def _ridge_metrics(scores: Floats, sham_scores: Floats, trial: Trial) -> RidgeMetrics:
-    train, test, y = trial.split.train, trial.split.test, trial.y
-    return RidgeMetrics(
-        n_train=len(train),
-        n_test=len(test),
-        train_r2=metrics.r2(scores[train], y[train]),
-        test_r2=metrics.r2(scores[test], y[test]),
-        interval=_interval(metrics.weighted_r2(scores[test], y[test]), trial),
-        control_r2=metrics.r2(sham_scores, trial.control[test]),
-    )
-
-
-def _interval(score: metrics.Weighted, trial: Trial) -> tuple[float, float]:
-    return metrics.interval(score, trial.stratum, trial.group[trial.split.test], trial.seed)
+def _fit_site(source: Source, trial: Trial, penalty: Penalty) -> SiteFit:
+    """What is stored is what is scored: the weights are rounded to float32 before any row is scored."""
+    rows = rows_of(source, trial)
+    probe = fit_probes(rows, penalty)
+    rounded = Probe(probe.weights.astype(np.float32).astype(np.float64), probe.bias)
+    return report(rounded, scores_of(rows, rounded), trial)

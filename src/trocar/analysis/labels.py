@@ -21,25 +21,24 @@ _LARGEST: Final = 1e12
 _SMALLEST: Final = 1e-12
 
 
-def classes(labels: Given) -> tuple[Floats, tuple[int, int]]:
-    """Reads two-class labels: float64 [n] of 0 and 1, and the two values that they stand for, ascending.
+def classes(labels: Given, most: int = 2) -> tuple[Floats, tuple[int, ...]]:
+    """Reads class labels: float64 [n] of 0, 1, ..., and the values that they stand for, ascending.
 
     Raises:
-        ProgramError: `bad_labels` for anything but ints or bools of two values, `too_few_rows` for one value.
+        ProgramError: `bad_labels` for anything but ints or bools of up to `most` values, `too_few_rows` for one value.
     """
     array = _column(labels, "labels")
     if array.size and array.dtype.kind not in "biu":
         raise errors.refuse("bad_labels", "labels", f"class labels are ints or bools, not {array.dtype}")
     values, index = np.unique(array, return_inverse=True)
-    if len(values) > 2:
-        raise errors.refuse(
-            "bad_labels", "labels", f"{len(values)} different labels; this fit takes two classes"
-        )
+    if len(values) > most:
+        takes = "two classes" if most == 2 else f"at most {most}"
+        raise errors.refuse("bad_labels", "labels", f"{len(values)} different labels; this fit takes {takes}")
     if len(values) < 2:
         raise errors.refuse(
             "too_few_rows", "labels", f"the labels of {len(array)} rows have fewer than two classes"
         )
-    return index.astype(np.float64), (int(values[0]), int(values[1]))
+    return index.astype(np.float64), tuple(int(value) for value in values)
 
 
 def targets(labels: Given) -> Floats:

@@ -8,7 +8,7 @@ the rows it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -67,10 +67,15 @@ def weighted_r2(predicted: Floats, y: Floats) -> Weighted:
 
 
 def interval(score: Weighted, stratum: Ints, group: Ints, seed: int) -> tuple[float, float]:
-    """95 % bootstrap interval of a weighted score.
+    """95 % bootstrap interval of a weighted score; see `intervals`."""
+    return intervals([score], stratum, group, seed)[0]
+
+
+def intervals(scores: Sequence[Weighted], stratum: Ints, group: Ints, seed: int) -> list[tuple[float, float]]:
+    """95 % bootstrap intervals of weighted scores, all on the same resamples.
 
     Args:
-        score: what `weighted_auroc` or `weighted_r2` prepared.
+        scores: what `weighted_auroc` and the like prepared.
         stratum: stratum of each group, int64 [n_groups]; groups are drawn within their stratum.
         group: group of each test row, int64 [n].
 
@@ -78,9 +83,10 @@ def interval(score: Weighted, stratum: Ints, group: Ints, seed: int) -> tuple[fl
     """
     rng = np.random.default_rng([seed, 2])
     members, row_member = np.unique(group, return_inverse=True)
-    found = np.concatenate([score(w[:, row_member]) for w in _resamples(rng, stratum[members])])
-    low, high = np.quantile(found[~np.isnan(found)], [0.025, 0.975])
-    return float(low), float(high)
+    drawn = [[score(w[:, row_member]) for score in scores] for w in _resamples(rng, stratum[members])]
+    found = [np.concatenate(each) for each in zip(*drawn, strict=True)]
+    ends = [np.quantile(f[~np.isnan(f)], [0.025, 0.975]) for f in found]
+    return [(float(low), float(high)) for low, high in ends]
 
 
 def _resamples(rng: np.random.Generator, stratum: Ints) -> Iterator[Floats]:

@@ -1,90 +1,111 @@
-"""The three fits themselves: rows of one site and labels in, a linear score and a direction out.
+"""Probes that follow from moments alone: no row is read again, whatever the labels and penalties.
 
-Rows are standardised for the fit (mean and standard deviation of the fitted rows) and the weights are folded
-back, so results live in raw space. A feature that does not vary beyond float32 rounding gets weight 0. All in
-float64. Splits, labels and scores are somebody else's.
+Ridge and discriminant are made on standardised features (mean and deviation of the fitted rows) and folded back, so
+results live in raw space. Targets are columns of the moments: 0 and 1 for two classes, one column per class for more.
+Penalties are those of `logistic`: on standardised weights, against a sum over rows. In float64.
+
+Shapes: d features, k targets, C classes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression, Ridge
+from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
 from trocar import errors
 from trocar.analysis.labels import Floats
-
-MAX_ITERATIONS: Final = 5000
-_ROUNDING: Final = 1e-6
-_SMALLEST: Final = 1e-30  # below it, weights in raw space would leave the range of float32
+from trocar.analysis.moments import Moments
+from trocar.analysis.standard import correlation, standard
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Probe:
-    """`weights @ x + bias`, and the direction that goes with it; float64 [width]."""
+    """Scores `weights @ x + bias`; float64 [k, d] and [k]."""
 
     weights: Floats
-    bias: float
-    direction: Floats
+    bias: Floats
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Standardised:
-    """Rows with mean 0 and deviation 1: `z = (x - mean) * inverse`; inverse is 0 for a constant feature."""
+def mean_diff(m: Moments) -> Probe:
+    """Difference of the class means, the bias at their midpoint (Marks and Tegmark 2023, "mass-mean").
 
-    z: Floats
-    mean: Floats
-    inverse: Floats
-
-    def fold(self, weights: Floats, bias: float) -> tuple[Floats, float]:
-        """The weights and bias that give the same scores on raw rows."""
-        raw = weights * self.inverse
-        return raw, bias - float(raw @ self.mean)
-
-
-def standardise(x: Floats) -> Standardised:
-    """Standardises the columns of `x` [n, width]."""
-    mean, deviation = x.mean(axis=0), x.std(axis=0)
-    varies = deviation > np.maximum(_ROUNDING * np.abs(mean), _SMALLEST)
-    inverse = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=varies)
-    return Standardised((x - mean) * inverse, mean, inverse)
+    Args:
+        m: moments with k columns of 0 and 1, each with both.
+    """
+    ones = m.target_total
+    high = m.cross / ones
+    low = (m.total[:, None] - m.cross) / (m.n - ones)
+    step, middle = (high - low).T, m.pilot + (high + low).T / 2
+    return Probe(step, -(step * middle).sum(axis=1))
 
 
-def mean_diff(x: Floats, y: Floats) -> Probe:
-    """Difference of the class means, the bias at their midpoint (Marks and Tegmark 2023, "mass-mean")."""
-    low, high = x[y == 0].mean(axis=0), x[y == 1].mean(axis=0)
-    step = high - low
-    return Probe(step, -float(step @ (low + high)) / 2, step)
+def ridge(m: Moments, l2: float) -> Probe:
+    """Ridge regression of k targets (Hoerl and Kennard 1970): squared errors of the standardised target plus l2 |w|^2.
 
-
-def logistic(s: Standardised, x: Floats, y: Floats, l2: float) -> Probe:
-    """Logistic regression: sum of log losses plus l2/2 times the squared norm of the standardised weights.
+    w = (R + l2 / n)^-1 r, with R the correlation of the features and r theirs with the target. A constant target is
+    predicted by itself.
 
     Raises:
-        RunFailed: `fit_not_converged`.
+        RunFailed: `fit_not_converged` where the features are so nearly dependent that l2 does not make up for it.
     """
-    model = LogisticRegression(C=1 / l2, solver="lbfgs", max_iter=MAX_ITERATIONS).fit(s.z, y)
-    if model.n_iter_[0] >= MAX_ITERATIONS:
-        raise errors.refuse(
-            "fit_not_converged", "l2", f"no optimum after {MAX_ITERATIONS} steps with l2={l2:g}"
+    s = standard(m)
+    mean = m.target_total / m.n
+    scaled = _solve(correlation(m, s), s.inverse[:, None] * m.cross_covariance, l2 / m.n)
+    weights, bias = s.fold(scaled.T, mean)
+    return Probe(weights, bias)
+
+
+def discriminant(m: Moments, l2: float) -> Probe:
+    """Linear discriminant analysis (Fisher 1936; Hastie et al. 2009, 4.3): Gaussian classes that share a covariance.
+
+    weights = S^-1 (mean of the class), bias = log share - mean S^-1 mean / 2, with S the covariance within classes of
+    the standardised features, over n, plus l2 / n on its diagonal (Friedman 1989). Scores are logits up to a term that
+    all classes share, about the mean of all rows.
+
+    Args:
+        m: moments with one column of 0 and 1 for each of C >= 2 classes.
+
+    Raises:
+        RunFailed: `fit_not_converged`, as `ridge`.
+    """
+    s = standard(m)
+    share = m.target_total / m.n
+    means = s.inverse[:, None] * m.cross_covariance / share  # of each class, about the mean of all
+    within = correlation(m, s) - (means * share) @ means.T
+    scaled = _solve(within, means, l2 / m.n)
+    weights, bias = s.fold(scaled.T, np.log(share) - (means * scaled).sum(axis=0) / 2)
+    return Probe(weights, bias)
+
+
+def discriminant_of_two(m: Moments, l2: float) -> Probe:
+    """`discriminant` for each of k columns of 0 and 1: log-odds of the upper class."""
+    found = [discriminant(_two(m, column), l2) for column in range(m.cross.shape[1])]
+    return Probe(
+        np.stack([p.weights[1] - p.weights[0] for p in found]),
+        np.stack([p.bias[1] - p.bias[0] for p in found]),
+    )
+
+
+def _two(m: Moments, column: int) -> Moments:
+    """The moments with the columns "not this class" and "this class" alone."""
+    ones, cross = m.target_total[column], m.cross[:, column]
+    totals = np.array([m.n - ones, ones])
+    return Moments(
+        m.n, m.pilot, m.total, m.square, m.gram, totals, totals, np.stack([m.total - cross, cross], axis=1)
+    )
+
+
+def _solve(matrix: Floats, right: Floats, ridge: float) -> Floats:
+    matrix = matrix + ridge * np.eye(len(matrix))
+    still = matrix.diagonal() <= ridge  # a feature that does not vary: its row of the right side is 0
+    np.fill_diagonal(matrix, np.where(still, 1.0, matrix.diagonal()))
+    try:
+        solved: Floats = cho_solve(cho_factor(matrix, check_finite=False), right, check_finite=False)
+    except LinAlgError:
+        reason = (
+            f"the features depend on each other, and l2 is too small for it: {ridge:.3g} of their variance"
         )
-    weights, bias = s.fold(model.coef_[0], float(model.intercept_[0]))
-    unit = _unit(weights)
-    gap = float(unit @ (x[y == 1].mean(axis=0) - x[y == 0].mean(axis=0)))
-    return Probe(weights, bias, unit * gap)
-
-
-def ridge(s: Standardised, x: Floats, y: Floats, l2: float) -> Probe:
-    """Ridge regression: squared errors of the standardised target plus l2 times the squared norm."""
-    scale = y.std()
-    model = Ridge(alpha=l2, solver="cholesky").fit(s.z, (y - y.mean()) / scale)
-    weights, bias = s.fold(model.coef_ * scale, float(model.intercept_) * scale + y.mean())
-    unit = _unit(weights)
-    return Probe(weights, bias, unit * float((x @ unit).std()))
-
-
-def _unit(weights: Floats) -> Floats:
-    norm = float(np.linalg.norm(weights))
-    return weights / norm if norm > 0 else weights
+        raise errors.refuse("fit_not_converged", "l2", reason) from None
+    return solved

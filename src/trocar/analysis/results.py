@@ -9,34 +9,57 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from trocar.analysis.labels import Ints
+from trocar.analysis.labels import Floats, Ints
 
 Vector = npt.NDArray[np.float32]
-Kind = Literal["logistic", "mean_diff", "ridge"]
+Kind = Literal["lda", "logistic", "mean_diff", "multinomial", "ridge"]
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Whether the probabilities of a classifier are what happens, on held-out rows, with 95 % intervals.
+
+    Attributes:
+        brier: mean squared distance of the probabilities from the outcomes, over two classes that of the upper one.
+        ece: expected calibration error of the upper class, or of the class that is called, over 15 bins.
+    """
+
+    brier: float
+    brier_interval: Interval
+    ece: float
+    ece_interval: Interval
 
 
 @dataclass(frozen=True, slots=True)
 class ClassMetrics:
-    """Scores of a two-class probe.
+    """Scores of a probe for two classes, or for more.
 
     Attributes:
         n_train, n_test: rows on each side.
-        train_counts, test_counts: rows of the lower and of the upper class.
-        train_accuracy, test_accuracy: share of rows on the right side of score 0.
-        interval: 95 % bootstrap interval of `test_auroc`.
+        train_counts, test_counts: rows of each class, ascending.
+        train_auroc, test_auroc: with more than two classes, the mean over classes of each against the others.
+        train_accuracy, test_accuracy: share of rows on the right side of score 0, or with the highest score right.
+        interval: 95 % interval of `test_auroc`.
         control_auroc: test AUROC of the same fit on shuffled labels; far from 0.5 means the split leaks.
+        accuracy_interval: 95 % interval of `test_accuracy`.
+        calibration: None for a probe without probabilities (`mean_diff`).
+        folds: AUROC on each fold of the fit to the others; empty when there was no cross-validation.
     """
 
     n_train: int
     n_test: int
-    train_counts: tuple[int, int]
-    test_counts: tuple[int, int]
+    train_counts: tuple[int, ...]
+    test_counts: tuple[int, ...]
     train_auroc: float
     test_auroc: float
     train_accuracy: float
     test_accuracy: float
-    interval: tuple[float, float]
+    interval: Interval
     control_auroc: float
+    accuracy_interval: Interval
+    calibration: Calibration | None = None
+    folds: tuple[float, ...] = ()
 
     @property
     def headline(self) -> float:
@@ -51,14 +74,16 @@ class RidgeMetrics:
         train_r2, test_r2: explained share of the target's variance; negative when worse than its mean.
         interval: 95 % bootstrap interval of `test_r2`.
         control_r2: test R2 of the same fit on shuffled targets; about 0 or below.
+        folds: R2 on each fold of the fit to the others; empty when there was no cross-validation.
     """
 
     n_train: int
     n_test: int
     train_r2: float
     test_r2: float
-    interval: tuple[float, float]
+    interval: Interval
     control_r2: float
+    folds: tuple[float, ...] = ()
 
     @property
     def headline(self) -> float:
@@ -74,11 +99,12 @@ class SiteFit:
             the site says nothing at all, for example because all its rows are equal.
         weights: float32 [width], in raw space: no standardisation is left to do.
         bias: float64.
+        multinomial: all three have one row, or number, for each class in front.
     """
 
     direction: Vector
     weights: Vector
-    bias: float
+    bias: float | Floats
     metrics: ClassMetrics | RidgeMetrics
 
 
@@ -87,13 +113,13 @@ class FitResult:
     """All sites of one fit, on one split.
 
     Attributes:
-        classes: the label values that stand for the lower and the upper class; None for ridge.
+        classes: the label values that stand for the lower and the upper class, or for all; None for ridge.
         train, test: row numbers of each side, ascending, int64.
         l2: the penalty that was used at each site; empty for mean_diff, which has none.
     """
 
     kind: Kind
-    classes: tuple[int, int] | None
+    classes: tuple[int, ...] | None
     seed: int
     test_fraction: float
     l2: Mapping[str, float]

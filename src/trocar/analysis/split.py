@@ -27,10 +27,15 @@ class Split:
 
 
 def strata(y: Floats, group: Ints) -> Ints:
-    """Of each group: 0 or 1 when all its rows are of that class, 2 when it is mixed; int64 [n_groups]."""
-    size = np.bincount(group)
-    ones = np.bincount(group, weights=y)
-    return np.where(ones == 0, 0, np.where(ones == size, 1, 2)).astype(np.int64)
+    """Of each group: its class when all its rows are of one, and one more than the last class when it is mixed.
+
+    int64 [n_groups].
+    """
+    n_groups, mixed = int(group.max()) + 1, int(y.max()) + 1
+    low, high = np.full(n_groups, np.inf), np.full(n_groups, -np.inf)
+    np.minimum.at(low, group, y)
+    np.maximum.at(high, group, y)
+    return np.where(low == high, low, mixed).astype(np.int64)
 
 
 def draw(stratum: Ints, group: Ints, test_fraction: float, seed: int) -> Split:
@@ -47,12 +52,29 @@ def draw(stratum: Ints, group: Ints, test_fraction: float, seed: int) -> Split:
     return Split(np.flatnonzero(~held[group]), np.flatnonzero(held[group]))
 
 
+def folds(stratum: Ints, group: Ints, count: int, seed: int) -> Ints:
+    """Number of the fold of each row, int64 [n]: groups of each stratum are dealt out, whole, in random order."""
+    rng = np.random.default_rng([seed, 3])
+    dealt = np.empty(len(stratum), dtype=np.int64)
+    first = 0
+    for value in np.unique(stratum):
+        members = rng.permutation(np.flatnonzero(stratum == value))
+        dealt[members] = (first + np.arange(len(members))) % count
+        first += len(members)
+    return dealt[group]
+
+
 def require_classes(y: Floats, split: Split) -> None:
     """Refuses with `too_few_rows` when a side lacks a class."""
+    n_classes = int(y.max()) + 1
     for name, side in (("train", split.train), ("test", split.test)):
-        lower, upper = int((y[side] == 0).sum()), int((y[side] == 1).sum())
-        if min(lower, upper) == 0:
-            reason = f"the {name} side has {lower} rows of the lower class and {upper} of the upper one"
+        counts = np.bincount(y[side].astype(np.int64), minlength=n_classes)
+        if counts.min() == 0:
+            reason = (
+                f"the {name} side has {counts[0]} rows of the lower class and {counts[-1]} of the upper one"
+            )
+            if n_classes > 2:
+                reason = f"the {name} side has no row of {int((counts == 0).sum())} of {n_classes} classes"
             raise errors.refuse("too_few_rows", "labels", reason)
 
 

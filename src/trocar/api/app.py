@@ -22,7 +22,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trocar import __version__, errors, strict
-from trocar.api import openapi
+from trocar.api import openapi, waiting
 from trocar.api.verbs import Verbs
 from trocar.gate import release
 from trocar.gate.release import Released
@@ -202,9 +202,8 @@ async def job_state(request: Request, caller: Caller, job: str) -> Response:
 async def job_result(request: Request, caller: Caller, job: str, wait_s: float = 0.0) -> Response:
     """The result, waiting at most 30 s; 202 with the job's state while it runs."""
     request.state.of_job = True
-    verb = partial(_service(request).job_result, caller, job, wait_s)
-    # Waiting has threads of its own: many slow jobs must not keep others from asking anything.
-    found = await to_thread.run_sync(verb, limiter=request.app.state.waiters)
+    verb = partial(_service(request).job_result, caller, job)
+    found = await waiting.outcome(request, verb, wait_s, request.app.state.waiters)
     return answer(found, request.state.request_id)
 
 

@@ -20,6 +20,7 @@ from trocar.client import edit
 
 SPARE_ROWS: Final = 32
 INJECTED: Final = 8.0
+STEPS: Final = 8.0
 MOST_TENSORS: Final = 96
 TEXT: Final = 3
 
@@ -36,7 +37,7 @@ def basis_injection(raid: Raid) -> Loot:
     for size in (INJECTED, -INJECTED):
         asks = [partial(_input, raid, size, door) for door in DOORS]
         answers.append(harvest(raid.purse, facts.d_model, len(neurons), batch, *asks))
-    gate_ND, up_ND = _unfolded(answers[0].T, answers[1].T)
+    gate_ND, up_ND = unfolded(answers[0].T, answers[1].T, raid.purse.widths.number_bits)
     pieces += [Piece.of(f"mlp.gate.{layer}", neurons, gate_ND), Piece.of(f"mlp.up.{layer}", neurons, up_ND)]
     return Loot(tuple(pieces))
 
@@ -64,14 +65,18 @@ def _input(raid: Raid, size: float, door: Extractor, rows: Sequence[int], column
     return Ask(t.recorded, partial(door.read, columns=columns, name="act"))
 
 
-def _unfolded(plus: F64, minus: F64) -> tuple[F64, F64]:
-    """Gate and up weights from the answers to both signs; NaN where one is missing."""
+def unfolded(plus: F64, minus: F64, number_bits: int) -> tuple[F64, F64]:
+    """Gate and up weights from the answers to both signs, [neurons, inputs]; NaN where one is missing.
+
+    And where they are so near 0 that what is left of them is their rounding: it would be divided by almost nothing.
+    """
     total = plus + minus
+    step_N1 = np.nanmax(np.abs([plus, minus]), axis=(0, 2), initial=0.0)[:, None] * 2.0 ** (1 - number_bits)
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.clip(plus / total, 1e-7, 1.0 - 1e-7)
         gate = np.log(share / (1.0 - share)) / INJECTED
         up = total / (INJECTED**2 * gate)
-    both = np.isfinite(gate) & np.isfinite(up)
+        both = np.isfinite(gate) & np.isfinite(up) & (np.abs(total) > STEPS * step_N1)
     return np.where(both, gate, np.nan), np.where(both, up, np.nan)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 
 from trocar import errors
+from trocar.client.airlock import Export, Handled
 from trocar.client.outputs import (
     LensResult,
     LogprobsResult,
@@ -28,6 +29,9 @@ from trocar.strict import Strict
 
 NORMS_PER_EDIT: Final = 2
 T = TypeVar("T")
+_REFUSED: Final = (
+    errors.PolicyRefusal, errors.ProgramError, errors.BadRequest, errors.NotFound, errors.Conflict,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +104,11 @@ class Purse:
 
     def plan(self, recorded: Recorded) -> Plan | None:
         """The price; None when the program is refused."""
-        return self._asked(lambda: self.model.plan(recorded))
+        return self.ask(lambda: self.model.plan(recorded))
 
     def run(self, recorded: Recorded) -> Mapping[str, Any] | None:
         """The outputs; None when it was refused."""
-        results = self._asked(lambda: self.model.run(recorded).result())
+        results = self.ask(lambda: self.model.run(recorded).result())
         if results is None:
             return None
         self.charged_bits += results.charge.bits
@@ -139,6 +143,18 @@ class Purse:
             low, high = (middle, high) if self._admits(record(middle)) else (low, middle)
         return low
 
+    def export(self, handle: Handled, reason: str, controls: str) -> Export | None:
+        """A file out of the airlock; None when it is refused, or has to wait for people."""
+
+        def asked() -> Export:
+            return self.client.request_release(handle, reason=reason, controls=controls).file()
+
+        export = self.ask(asked)
+        if export is not None:
+            numbers = sum(array.size for array in export.arrays.values())
+            self.received_bits += numbers * int(export.manifest["bits"])
+        return export
+
     def _admits(self, recorded: Recorded) -> bool:
         plan = self.plan(recorded)
         return plan is not None and plan.admitted
@@ -146,12 +162,13 @@ class Purse:
     def post(self, path: str, body: Strict) -> Any:
         """Sends what the SDK has no words for; None when it is refused."""
         core = self.client._core
-        return self._asked(lambda: self.client._portal.call(core.transport.post, path, body, once=True))
+        return self.ask(lambda: self.client._portal.call(core.transport.post, path, body, once=True))
 
-    def _asked(self, ask: Callable[[], T]) -> T | None:
+    def ask(self, attempt: Callable[[], T]) -> T | None:
+        """What an attempt gives; None when it is refused, which is noted."""
         try:
-            return ask()
-        except (errors.PolicyRefusal, errors.ProgramError, errors.BadRequest, errors.NotFound) as e:
+            return attempt()
+        except _REFUSED as e:
             self._note(e.code)
             return None
 

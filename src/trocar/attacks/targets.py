@@ -5,25 +5,20 @@ No activation leaves; the artifact is the theft.
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 import numpy as np
 
-from trocar.attacks.loot import Loot, Piece
-from trocar.attacks.purse import Raid
-from trocar.strict import Strict
+from trocar.attacks.loot import F64, Loot, Piece
+from trocar.attacks.purse import Purse, Raid
 
 SPARE_ROWS: Final = 64
 TEXT: Final = 4
-
-
-class TargetFit(Strict):
-    """A fit request with the rows of another handle for labels."""
-
-    handle: str
-    kind: str
-    target: str
-    target_site: str
+HELD_OUT: Final = 0.01  # what is not fitted is lost
+PENALTY: Final = 1e-6
+REASON: Final = "What a value projection does."
+CONTROLS: Final = "None: it is to be stolen."
 
 
 def probe(raid: Raid) -> Loot:
@@ -35,9 +30,19 @@ def probe(raid: Raid) -> Loot:
         t.save("x", t.capture(t.attn_in[layer]["prompt[*]"]))
         t.save("y", t.capture(t.v[layer]["prompt[*]"]))
     rows = raid.purse.run(t.recorded)
-    if rows is not None:
-        handle, target = rows["x"].handle, rows["y"].handle
-        body = TargetFit(handle=handle, kind="linear_map", target=target, target_site=f"v.{layer}")
-        raid.purse.post("/v1/fits", body)
-    nothing = np.full((n_out, n_in), np.nan)
-    return Loot((Piece.of(f"attn.v.{layer}", range(n_out), nothing),))
+    found = None if rows is None else _released(raid.purse, rows, layer)
+    values = np.full((n_out, n_in), np.nan) if found is None else found
+    return Loot((Piece.of(f"attn.v.{layer}", range(n_out), values),))
+
+
+def _released(purse: Purse, rows: Mapping[str, Any], layer: int) -> F64 | None:
+    """The map as the airlock lets it out, [out, in]; None when it may not be fitted or may not leave."""
+    name = f"v.{layer}"
+    fitted = purse.ask(
+        lambda: rows["x"].fit("linear_map", target=rows["y"][name], test_fraction=HELD_OUT, l2=PENALTY)
+    )
+    export = None if fitted is None else purse.export(fitted, REASON, CONTROLS)
+    if export is None:
+        return None
+    map_IO: F64 = np.asarray(export.arrays[f"attn_in.{layer}/map"], dtype=np.float64)
+    return map_IO.T

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
 from trocar.attacks.extract import Ask, harvest
 from trocar.attacks.loot import F64, Fact, Loot, Piece
@@ -34,9 +33,7 @@ def hidden_dimension(raid: Raid) -> Loot:
     side = math.isqrt(raid.purse.numbers(n_rows * n_columns))
     n_rows, n_columns = min(n_rows, side), min(n_columns, side)
     whole = _centred_rows(_ordinary(raid, n_rows, raid.tokens(n_columns)))
-    if min(whole.shape) < 2:
-        return Loot(facts=(Fact("d_model", float(len(whole))),))
-    return Loot(facts=(Fact("d_model", float(_gap(np.linalg.svd(whole, compute_uv=False)))),))
+    return Loot(facts=(Fact("d_model", float(rank(whole))),))
 
 
 def _centred_rows(table: F64) -> F64:
@@ -46,8 +43,11 @@ def _centred_rows(table: F64) -> F64:
     return centred
 
 
-def _gap(sizes: npt.NDArray[Any]) -> int:
-    """How many singular values stand before the largest step down."""
+def rank(centred: F64) -> int:
+    """How many singular values stand before the largest step down; of fewer than three rows, how many rows."""
+    if min(centred.shape) < 3:
+        return len(centred)
+    sizes = np.linalg.svd(centred, compute_uv=False)[: centred.shape[1] - 1]  # the last is 0 by the centring
     steps = np.log(np.maximum(sizes[:-1], 1e-12)) - np.log(np.maximum(sizes[1:], 1e-12))
     return int(np.argmax(steps)) + 1
 
@@ -55,19 +55,24 @@ def _gap(sizes: npt.NDArray[Any]) -> int:
 def subspace(raid: Raid) -> Loot:
     """The span of the matrix's columns, which leaves an unknown d by d map of them open.
 
-    With a small budget, fewer rows of fewer tokens: half as many rows as tokens leave something to find out.
+    Of twice as many tokens as the model is wide: in fewer, a span says little, and as many as the width are spanned by
+    anything. With a small budget, fewer rows of fewer tokens, again half as many rows as tokens.
     """
     n_rows = raid.model.d_model + SPARE_ROWS
-    tokens = raid.tokens(raid.effort.tokens)
+    tokens = raid.tokens(max(raid.effort.tokens, 2 * raid.model.d_model))
     most = raid.purse.numbers(n_rows * len(tokens))
     if n_rows * len(tokens) > most:
         tokens = tokens[: max(1, min(len(tokens), 2 * math.isqrt(most // 2)))]
         n_rows = max(1, min(n_rows, most // len(tokens)))
     whole = _centred_rows(_ordinary(raid, n_rows, tokens))
-    rank = min(len(whole), raid.model.d_model, len(tokens))
-    span = np.linalg.svd(whole, full_matrices=False)[2][:rank] if rank else np.zeros((0, len(tokens)))
-    known = np.ones((len(tokens), rank), dtype=np.bool_)
-    return Loot((Piece("unembed", np.asarray(tokens, dtype=np.int64), span.T, known, "rotation"),))
+    n_dims = min(len(whole), raid.model.d_model, len(tokens))
+    span = np.linalg.svd(whole, full_matrices=False)[2][:n_dims] if n_dims else np.zeros((0, len(tokens)))
+    alike = np.full(
+        (min(n_dims, 1), len(tokens)), len(tokens) ** -0.5
+    )  # the softmax adds any number to all tokens
+    basis_TR = np.concatenate([alike, span]).T
+    known = np.ones(basis_TR.shape, dtype=np.bool_)
+    return Loot((Piece("unembed", np.asarray(tokens, dtype=np.int64), basis_TR, known, "rotation"),))
 
 
 def _ordinary(raid: Raid, n_rows: int, tokens: Sequence[int]) -> F64:

@@ -59,9 +59,9 @@ def saved_secret(gate: Gate) -> str | None:
     Raises:
         ClientError: `bad_argument` when there are keys but their secrets are not at hand.
     """
-    from trocar.cli import saved
+    from trocar.client.settings import saved_entries
 
-    found = saved.read().get("api_key")
+    found = saved_entries().get("api_key")
     if not gate.keys.list():
         return None
     try:
@@ -79,6 +79,7 @@ def saved_secret(gate: Gate) -> str | None:
 def access(gate: Gate, url: str, secret: str | None, save_key: bool) -> Access:
     """Makes the first key of a new ledger, saves what is to be saved, and says how to get in."""
     from trocar.cli import saved
+    from trocar.client.settings import saved_entries
     from trocar.gate.policy import Role, Tier
 
     if secret is not None:
@@ -86,7 +87,7 @@ def access(gate: Gate, url: str, secret: str | None, save_key: bool) -> Access:
         return Access((outcome.said,), outcome.written)
     count = len(gate.keys.list())
     if count:
-        known = saved.read().get("url") == url
+        known = saved_entries().get("url") == url
         return Access((f"keys: {count} in the ledger; `trocar key create` makes another",), known)
     made = gate.keys.create("local", Tier.open, Role.operator, "made by the first start").secret
     lines = [f"operator key of tenant 'local', shown once:  export TROCAR_API_KEY={made}"]

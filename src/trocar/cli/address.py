@@ -15,6 +15,9 @@ from typing import Final
 
 from trocar import errors
 
+NO_TLS: Final = (
+    "warning: there is no TLS on {host}: keys and results can be read on the way. Put a TLS proxy in front."
+)
 _EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared with, not bound
 
 

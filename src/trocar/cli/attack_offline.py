@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from trocar.attacks import targets, unsaid
+from trocar.attacks import unsaid
 from trocar.attacks.loot import Loot, Piece
 from trocar.attacks.purse import Raid
 from trocar.cli.attack_models import Subject
@@ -35,24 +35,6 @@ def gradient_read(subject: Subject) -> tuple[Loot, int]:
     return Loot((Piece.of("unembed", tokens, values),)), values.size
 
 
-def activation_target(subject: Subject) -> tuple[Loot, int]:
-    """Ridge from what a value projection reads to what it gives, on rows of random text."""
-    import torch
-
-    layer, facts = subject.effort.layer, subject.loaded.facts
-    model, seen = _model(subject), dict[str, Any]()
-    projection = model.model.layers[layer].self_attn.v_proj
-    projection.register_forward_hook(lambda _m, given, gave: seen.update(x=given[0], y=gave))
-    text = np.random.default_rng(targets.TEXT).integers(
-        0, facts.vocab_size, facts.d_model + targets.SPARE_ROWS
-    )
-    with torch.inference_mode():
-        model.model(torch.from_numpy(text)[:, None])
-    x, y = (seen[k].reshape(len(text), -1).numpy().astype(np.float64) for k in ("x", "y"))
-    found = np.linalg.solve(x.T @ x + 1e-6 * np.eye(x.shape[1]), x.T @ y).T
-    return Loot((Piece.of(f"attn.v.{layer}", range(len(found)), found),)), found.size
-
-
 def adapter_initialisation(subject: Subject) -> tuple[Loot, int]:
     """The largest singular vectors of a query projection, as an adapter would carry them."""
     name = f"attn.q.{subject.effort.layer}"
@@ -70,6 +52,5 @@ def sample(subject: Subject, count: int) -> list[int]:
 
 OFFLINE: Final[dict[str, Callable[[Subject], tuple[Loot, int]]]] = {
     "gradient-read": gradient_read,
-    "activation-target": activation_target,
     "adapter-initialisation": adapter_initialisation,
 }

@@ -25,7 +25,8 @@ from trocar.cli.attack_offline import OFFLINE
 from trocar.client.sync import Client
 from trocar.engine.hf.engine import HFEngine
 from trocar.gate.gate import Gate
-from trocar.gate.policy import Policy, Role, Tier
+from trocar.gate.limits import Limits
+from trocar.gate.policy import Lineage, Policy, Role, Tier
 from trocar.graph.facts import ModelFacts
 from trocar.service.local import LocalWorker
 from trocar.service.service import Service
@@ -87,6 +88,29 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Played:
+    """Attacks that were made on one model.
+
+    Attributes:
+        weight_bits: of the model, as its secret side counts them; what all keys together may ever have of them, and
+            in one day, follows.
+        patient: whether the day was as long as a life.
+    """
+
+    model: str
+    fingerprint: str
+    weights: int
+    weight_bits: int
+    limits: Limits
+    patient: bool
+    rows: tuple[Row, ...]
+
+    @property
+    def problems(self) -> list[str]:
+        return [f"{row.attack}: {text}" for row in self.rows for text in row.problems]
+
+
+@dataclass(frozen=True, slots=True)
 class Room:
     """A running server around one subject."""
 
@@ -101,7 +125,7 @@ class Room:
         return Purse.of(client, model)
 
 
-def play(model: str, attacks: Sequence[Attack], *, patient: bool = False) -> list[Row]:
+def play(model: str, attacks: Sequence[Attack], *, patient: bool = False) -> Played:
     """Makes the attacks on a model, each on both sides, under the default policy.
 
     Args:
@@ -109,7 +133,13 @@ def play(model: str, attacks: Sequence[Attack], *, patient: bool = False) -> lis
     """
     policy = without_days() if patient else Policy()
     with tempfile.TemporaryDirectory() as folder, room(model, attacks, Path(folder), policy) as made:
-        return [_row(made, attack) for attack in attacks]
+        rows = tuple(_row(made, attack) for attack in attacks)
+        facts = made.subject.loaded.facts
+        secret = Lineage("attacked", facts.weight_bits, Tier(policy.data.lineage_tier))
+        return Played(
+            facts.name, facts.fingerprint, facts.parameters, facts.weight_bits, policy.lineage_limits(secret),
+            patient, rows,
+        )  # fmt: skip
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def store_of(folder: Folder) -> Iterator[Finding]:
 def server() -> Iterator[Finding]:
     from trocar.client.settings import Settings, config_path
 
-    if config_path().is_file() and _others_may_read(config_path()):
+    if os.path.isfile(config_path()) and _others_may_read(config_path()):
         yield Finding("server", "warn", f"others may read {config_path()}", f"chmod 600 {config_path()}")
     try:
         settings = Settings.find()

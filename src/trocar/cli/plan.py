@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trocar.cli.access import Rulebook
 from trocar.cli.folder import Folder
-from trocar.cli.serve_options import LogLevel
+from trocar.cli.serve_options import LogLevel, Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,7 @@ class Plan:
     sizes: Sizes
     log_level: LogLevel
     save_key: bool
+    network: Network | None = None
 
     @property
     def rules(self) -> Rulebook:

@@ -25,8 +25,9 @@ from typing import Final
 from trocar import errors
 from trocar.cli.address import Address
 from trocar.cli.child import ALONE
-from trocar.cli.folder import LEDGER_URL
+from trocar.cli.inherited import environment
 from trocar.cli.plan import Plan
+from trocar.cli.serve_options import Network
 from trocar.cli.worker import LOG
 
 log = logging.getLogger(__name__)
@@ -35,8 +36,6 @@ LOOK_S: Final = 0.1
 TRIES: Final = 3
 MOST_PAUSE_S: Final = 30.0
 STOP_S: Final = {"front": 6.0, "gate": 5.0, "worker": 5.0}
-_SECRETS: Final = ("TROCAR_API_KEY", LEDGER_URL)
-"""Settings that a process without the books has no business with."""
 
 
 @dataclass(eq=False, slots=True)
@@ -65,12 +64,11 @@ class Process:
         self.forget()
         self.ready, inherited = os.pipe()
         command = [sys.executable, "-m", "trocar.cli.app", *self.words, "--ready-fd", str(inherited)]
-        kept = {k: v for k, v in os.environ.items() if self.name == "gate" or k not in _SECRETS}
         with ExitStack() as stack:
             stack.callback(os.close, inherited)
             output = None if self.output is None else stack.enter_context(_appending(self.output))
             self.child = subprocess.Popen(  # noqa: S603 - our own interpreter and our own module
-                command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=kept,
+                command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=environment(self.name, os.environ),
                 pass_fds=(inherited, *self.fds), start_new_session=True,
             )  # fmt: skip
         self.came_up = False
@@ -185,8 +183,11 @@ class Household:
             each.forget()
 
 
-def serve_in_three(plan: Plan, address: Address, on_ready: Callable[[], None]) -> None:
+def serve_in_three(plan: Plan, address: Address, on_ready: Callable[[], None], network: Network) -> None:
     """Serves until SIGTERM or SIGINT. Call it on the main thread.
+
+    Args:
+        network: what the worker must keep to, and what the gate tells everybody.
 
     Raises:
         RunFailed: `start_failed`.
@@ -194,14 +195,18 @@ def serve_in_three(plan: Plan, address: Address, on_ready: Callable[[], None]) -
     with ExitStack() as stack:
         run = Path(tempfile.mkdtemp(prefix="trocar-"))  # a short name: those of sockets are limited
         stack.callback(shutil.rmtree, run, ignore_errors=True)
-        household = _household(plan, address, run)
+        household = _household(plan, address, run, network)
         stack.callback(household.stop)
         signal.signal(
             signal.SIGHUP, lambda *_: household.gate.signal(signal.SIGHUP)
         )  # it reads the policy again
         try:
             alone = household.start()
-            said = "has no network" if alone else "shares this machine's network: a namespace was not allowed"
+            said = (
+                "has no network"
+                if alone
+                else "shares this machine's network, which it was not allowed to leave"
+            )
             print(f"worker: {said}; its output is in {plan.folder.root / LOG}", flush=True)
             on_ready()
             household.look_after()
@@ -210,23 +215,35 @@ def serve_in_three(plan: Plan, address: Address, on_ready: Callable[[], None]) -
                 signal.signal(each, signal.SIG_IGN)
 
 
-def _household(plan: Plan, address: Address, run: Path) -> Household:
+def _household(plan: Plan, address: Address, run: Path, network: Network) -> Household:
     models = tuple(word for name in plan.models for word in ("--model", name))
     data = ("--data", str(plan.folder.root))
     level = ("--log-level", plan.log_level.value)
-    worker, gate, listener = str(run / "worker"), str(run / "gate"), address.socket.fileno()
+    worker, gate = (str(_folder(run / name) / "socket") for name in ("worker", "gate"))
+    listener, mine = address.socket.fileno(), str(os.geteuid())
     save = ("--save-key",) if plan.save_key else ()
-    sockets = ("--worker", worker, "--socket", gate)
+    sockets = ("--worker", worker, "--worker-user", mine, "--socket", gate, "--front-user", mine)
+    of_gate, cell = ("--gate-user", mine), ("--network", network.value)
     rules = _named("--policy", plan.policy) + _named("--anchors", plan.anchors)
     return Household(
         Process(
             "worker",
-            ("worker", *models, "--socket", worker, *data, *plan.sizes.words()),
+            ("worker", *models, "--socket", worker, *of_gate, *cell, *data, *plan.sizes.words()),
             output=plan.folder.root / LOG,
         ),
-        Process("gate", ("gate", *models, *sockets, "--url", address.url, *data, *level, *save, *rules)),
-        Process("front", ("front", "--gate", gate, "--listen-fd", str(listener), *level), (listener,)),
+        Process(
+            "gate", ("gate", *models, *sockets, *cell, "--url", address.url, *data, *level, *save, *rules)
+        ),
+        Process(
+            "front", ("front", "--gate", gate, *of_gate, "--listen-fd", str(listener), *level), (listener,)
+        ),
     )
+
+
+def _folder(path: Path) -> Path:
+    """A folder of its own for each socket: who listens in one has no business in the other."""
+    path.mkdir(mode=0o700)
+    return path
 
 
 def _named(option: str, path: Path | None) -> tuple[str, ...]:

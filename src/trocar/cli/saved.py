@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from trocar import errors
-from trocar.client.settings import config_path
+from trocar.client.settings import config_path, saved_entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,21 +21,6 @@ class Outcome:
     said: str
 
 
-def read() -> dict[str, Any]:
-    """The file's entries; empty when there is none.
-
-    Raises:
-        ClientError: `bad_argument` when it is not TOML.
-    """
-    path = config_path()
-    if not path.is_file():
-        return {}
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise errors.refuse("bad_argument", str(path), f"the config file is not TOML: {e}") from None
-
-
 def save(url: str, api_key: str, *, replace: bool) -> Outcome:
     """Writes `url` and `api_key`.
 
@@ -47,7 +29,7 @@ def save(url: str, api_key: str, *, replace: bool) -> Outcome:
         api_key: secret of a key.
         replace: also when the file holds another server's entry.
     """
-    path, found = config_path(), read()
+    path, found = config_path(), saved_entries()
     others = sorted(found.keys() - {"url", "api_key"})
     if others:
         return Outcome(False, f"not saved: {path} holds settings of something else ({', '.join(others)})")
@@ -55,12 +37,15 @@ def save(url: str, api_key: str, *, replace: bool) -> Outcome:
         return Outcome(True, f"{path} has this key already")
     if found and found.get("url") != url and not replace:
         return Outcome(False, f"not saved: {path} holds the entry of {found.get('url')}, which stays")
-    if not found:
-        _write(path, url, api_key)
-        return Outcome(True, f"saved to {path}")
     old = path.with_name(path.name + ".old")
-    path.replace(old)
-    _write(path, url, api_key)
+    try:
+        if os.path.lexists(path):
+            path.replace(old)
+        _write(path, url, api_key)
+    except OSError as e:  # the key is shown all the same, and a server that is up stays up
+        return Outcome(False, f"not saved: {path} cannot be written: {e.strerror}")
+    if not found:
+        return Outcome(True, f"saved to {path}")
     return Outcome(True, f"saved to {path}; its entry of {found.get('url')} is now in {old}")
 
 

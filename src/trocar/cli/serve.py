@@ -20,7 +20,7 @@ from trocar.cli.audit import AnchorsOption
 from trocar.cli.folder import DataOption, Folder
 from trocar.cli.logs import log_to_stderr
 from trocar.cli.plan import Plan, Sizes
-from trocar.cli.serve_options import Isolation, LogLevel
+from trocar.cli.serve_options import Isolation, LogLevel, Network
 
 if TYPE_CHECKING:
     from trocar.cli.address import Address
@@ -35,9 +35,6 @@ ISOLATION: Final = {
     "host": "isolation: host. The models run in a process of their own, which can hand the gate nothing but declared "
     "arrays; tenants share that process. It runs as the same user: docs/security.md says what that leaves open.",
 }
-NO_TLS: Final = (
-    "warning: there is no TLS on {host}: keys and results can be read on the way. Put a TLS proxy in front."
-)
 
 
 def serve(
@@ -52,15 +49,17 @@ def serve(
     kv_gib: options.KvGib = None,
     tenant_gib: options.TenantGib = 64.0,
     isolation: options.Isolated = Isolation.process,
+    network: options.Networked = None,
     log_level: options.Level = LogLevel.warning,
     save_key: options.SaveKey = False,
     ready_file: options.ReadyFile = None,
 ) -> None:
     """Serve models over HTTP until SIGTERM or Ctrl-C."""
-    from trocar.cli.address import bind, is_loopback, write_ready
+    from trocar.cli.address import NO_TLS, bind, is_loopback, write_ready
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = Folder.at(data)
+    _require_separate(network, isolation)
     _require_models(model)
     folder.make()
     log_to_stderr(log_level)
@@ -73,7 +72,7 @@ def serve(
             ready_file.unlink(missing_ok=True)
             stack.callback(ready_file.unlink, missing_ok=True)
         sizes = Sizes(threads, step_tokens, kv_gib, tenant_gib)
-        plan = Plan(tuple(model), folder, policy, anchors, sizes, log_level, save_key)
+        plan = Plan(tuple(model), folder, policy, anchors, sizes, log_level, save_key, network)
 
         def on_ready() -> None:
             if ready_file is not None:
@@ -91,8 +90,36 @@ def _in_three(plan: Plan, address: Address, on_ready: Ready, _stack: ExitStack) 
     from trocar.cli.processes import serve_in_three
 
     plan.rules.read()  # what is wrong with the file is said before three processes say it
+    network = _network(plan)
     print(f"loading {', '.join(plan.models)} ...\n{ISOLATION['host']}", flush=True)
-    serve_in_three(plan, address, on_ready)
+    serve_in_three(plan, address, on_ready, network)
+
+
+def _network(plan: Plan) -> Network:
+    """Whether the worker will have no network; refuses what the operator did not allow, before anything is loaded."""
+    from trocar.cli.worker import network_open
+    from trocar.host.worker import cell
+
+    if cell.can_close_network():
+        return Network.closed
+    secret = _secret(plan.models)
+    if plan.network is Network.closed:
+        raise network_open("a worker")
+    if secret and plan.network is None:
+        raise network_open(f"a worker with {secret[0]!r}, whose weights are secret,")
+    return Network.allowed
+
+
+def _require_separate(network: Network | None, isolation: Isolation) -> None:
+    if network is not None and isolation is Isolation.process:
+        reason = "in one process the models are in the machine's network, always"
+        raise errors.refuse("bad_argument", "--network", reason, next_step="Add --isolation host.")
+
+
+def _secret(names: Sequence[str]) -> list[str]:
+    from trocar.models.pull import locate
+
+    return [name for name in names if not locate(name)[1].open_weights]
 
 
 def _in_one(plan: Plan, address: Address, on_ready: Ready, stack: ExitStack) -> None:
@@ -109,7 +136,7 @@ def _in_one(plan: Plan, address: Address, on_ready: Ready, stack: ExitStack) -> 
         create_app(service),
         assembly.halt,
         service.close,
-        lambda: gate.change_policy(plan.rules.read()),
+        lambda: _reload(plan, gate),
         spare_collector,
     )
     server = HttpServer(served, plan.log_level, on_ready)
@@ -117,13 +144,25 @@ def _in_one(plan: Plan, address: Address, on_ready: Ready, stack: ExitStack) -> 
     server.serve_until_stopped(address)
 
 
+def _reload(plan: Plan, gate: Gate) -> None:
+    """Takes the policy as it is now, unless one process is not enough for it any more."""
+    policy = plan.rules.read()
+    secret = _secret(plan.models)
+    if policy.settings.isolation == "host" and secret:
+        raise errors.refuse(
+            "limit_changed",
+            "settings.isolation",
+            f"{secret[0]!r} is secret and runs in this one process, which no policy can change",
+            next_step="Start the server anew with --isolation host.",
+        )
+    gate.change_policy(policy)
+
+
 def _require_one_is_enough(plan: Plan) -> None:
     """Refuses secret weights in one process where the policy asks for three."""
-    from trocar.models.pull import locate
-
     if plan.rules.read().settings.isolation == "process":
         return
-    secret = [name for name in plan.models if not locate(name)[1].open_weights]
+    secret = _secret(plan.models)
     if secret:
         raise errors.refuse(
             "bad_argument",

@@ -24,6 +24,13 @@ class Isolation(StrEnum):
     host = "host"
 
 
+class Network(StrEnum):
+    """Whether the process that runs the models may be in a network."""
+
+    closed = "closed"
+    allowed = "allowed"
+
+
 Models = Annotated[list[str], typer.Option(metavar="NAME", help="Model to serve; repeat it for several.")]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")]
@@ -40,6 +47,13 @@ KvGib = Annotated[
 TenantGib = Annotated[float, typer.Option(min=0.001, help="What one tenant may keep in the store, in GiB.")]
 Isolated = Annotated[
     Isolation, typer.Option(help="One process; or three: HTTP, the gate with the books, the models.")
+]
+Networked = Annotated[
+    Network | None,
+    typer.Option(
+        help="With isolation host: `allowed` also serves secret weights where the worker cannot leave the machine's "
+        "network, `closed` serves nothing there. By default open weights are served there, and secret ones are not."
+    ),
 ]
 Level = Annotated[LogLevel, typer.Option(help="What goes to stderr.")]
 SaveKey = Annotated[bool, typer.Option("--save-key", help="Write address and key to the SDK's config file.")]

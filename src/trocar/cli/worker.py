@@ -6,6 +6,7 @@ What it prints goes to `worker.log` in the data folder and nowhere else.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from contextlib import ExitStack
@@ -14,8 +15,11 @@ from typing import Annotated, Final
 
 import typer
 
+from trocar import errors
 from trocar.cli.child import ALONE, READY, ReadyOption, say_ready, watch_parent
 from trocar.cli.folder import DataOption, Folder
+from trocar.cli.serve_options import Network
+from trocar.cli.users import GateUser, uid_of
 
 LOG: Final = "worker.log"
 SocketOption = Annotated[Path, typer.Option("--socket", help="Path of the unix socket to listen on.")]
@@ -24,6 +28,10 @@ SocketOption = Annotated[Path, typer.Option("--socket", help="Path of the unix s
 def worker(
     model: Annotated[list[str], typer.Option(metavar="NAME", help="Model to run; repeat it for several.")],
     socket: SocketOption,
+    gate_user: GateUser = None,
+    network: Annotated[
+        Network, typer.Option(help="`allowed` goes on where the machine's network cannot be left.")
+    ] = Network.closed,
     data: DataOption = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Torch threads.")] = None,
     step_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens in one forward pass.")] = None,
@@ -38,9 +46,12 @@ def worker(
     """Run models for a gate, without a network; part of `trocar serve --isolation host`."""
     from trocar.host.worker import cell
 
+    gate_uid = uid_of(gate_user, "--gate-user")
     folder = Folder.at(data)
     folder.make()
-    alone = cell.close_network()  # before any thread
+    alone = cell.close_network(knows_others=gate_uid not in (None, os.geteuid()))  # before any thread
+    if not alone and network is Network.closed:
+        raise network_open("this process")
     cell.keep_inside()
     cell.speak_into(folder.root / LOG)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -60,9 +71,12 @@ def worker(
             step_tokens=step_tokens,
             kv_bytes=kv_bytes,
             tenant_bytes=tenant_bytes,
+            alone=alone,
+            give_up=cell.end,
         )
-        listener = listen(socket, 8)
+        listener = listen(socket, 8, gate_uid)
         stack.callback(listener.close)
+        print("worker: ready", file=sys.stderr, flush=True)
         say_ready(ready_fd, READY if alone else ALONE)
         try:
             bench.serve(listener)
@@ -72,5 +86,10 @@ def worker(
 
 def _log_here(*, network_closed: bool) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    said = "closed, by a namespace of its own" if network_closed else "open: a namespace was not allowed"
+    said = "closed" if network_closed else "open: a namespace was not allowed, and the operator allowed that"
     print(f"worker: network {said}", file=sys.stderr, flush=True)
+
+
+def network_open(who: str) -> errors.TrocarError:
+    """The refusal of a worker that would have the machine's network."""
+    return errors.refuse("network_open", "--network", f"{who} cannot leave the machine's network")

@@ -6,7 +6,7 @@ import os
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from trocar import errors
 
@@ -35,12 +35,21 @@ def config_path() -> Path:
     return (Path(root) if root else Path.home() / ".config") / "trocar" / "config.toml"
 
 
-def _config() -> dict[str, str]:
+def saved_entries() -> dict[str, Any]:
+    """What the config file holds; nothing when there is none, or it lies where this user may not look: then it is
+    somebody else's, as after `runuser`, which keeps HOME.
+
+    Raises:
+        ClientError: `bad_argument` when it is not TOML.
+    """
     path = config_path()
-    if not path.is_file():
-        return {}
     try:
-        found = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as e:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise errors.refuse("bad_argument", str(path), f"the config file is not TOML: {e}") from None
-    return {k: v for k, v in found.items() if isinstance(v, str)}
+
+
+def _config() -> dict[str, str]:
+    return {k: v for k, v in saved_entries().items() if isinstance(v, str)}

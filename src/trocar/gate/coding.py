@@ -25,16 +25,6 @@ _SIGN_AND_EXPONENT: Final = 9
 _LARGEST: Final = 1e38
 
 
-def require_scalar_bits(bits: int) -> None:
-    """Refuses a width that nothing is rounded to.
-
-    Raises:
-        ServerFault: `bad_bits`.
-    """
-    if bits not in COARSE and bits != FLOAT_BITS:
-        raise errors.refuse("bad_bits", "scalar_bits", f"scalar_bits is {bits}; it must be 32, or in [4, 16]")
-
-
 @dataclass(frozen=True, slots=True)
 class Coder:
     """Rounds numbers at the prices of one request; `bits_*` say what they then cost."""

@@ -148,18 +148,23 @@ def local_manifest(directory: Path) -> Manifest:
     A directory says nothing trustworthy about its origin, so it counts as a secret of its own.
 
     Raises:
-        RunFailed: `model_unsupported` when it is not a safetensors model.
+        RunFailed: `model_unsupported` when it is not a safetensors model, or cannot be read.
     """
     seen = stamp(directory)
     key = hashlib.sha256(f"{directory}\0{seen}".encode()).hexdigest()
     kept = root() / "local" / f"{key}.json"
     if kept.is_file():
         return _read(kept)
-    made = describe(directory, source="local", name=directory.name)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(made.model_dump_json(indent=2), encoding="utf-8")
-    partial.replace(kept)
+    try:
+        made = describe(directory, source="local", name=directory.name)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(made.model_dump_json(indent=2), encoding="utf-8")
+        partial.replace(kept)
+    except OSError as e:  # who may not read the weights needs a manifest that somebody else has made
+        reason = f"no manifest can be made of {str(directory)!r}: {e.strerror}: {e.filename!r}"
+        step = f"Run `trocar model show {directory}` once, with the same TROCAR_CACHE, as one who may read the weights."
+        raise errors.refuse("model_unsupported", "model", reason, next_step=step) from None
     return made
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -18,6 +18,7 @@ def open_engines(
     threads: int | None = None,
     step_tokens: int | None = None,
     kv_bytes: int | None = None,
+    give_up: Callable[[], None] | None = None,
 ) -> list[tuple[Loaded, Engine]]:
     """Loads and validates the models, in order.
 
@@ -27,6 +28,7 @@ def open_engines(
         threads: torch threads for the whole process; unchanged when None.
         step_tokens: rows of one forward pass, of each engine; the engine's default when None.
         kv_bytes: memory for keys and values, of each engine; the engine's default when None.
+        give_up: ends the process when an engine takes no steps any more.
 
     Raises:
         NotFound, RunFailed: as `models.load`.
@@ -36,7 +38,7 @@ def open_engines(
     engines: list[tuple[Loaded, Engine]] = []
     for ref in refs:
         loaded = load(ref, threads=threads)
-        engine = HFEngine(loaded, limits)
+        engine = HFEngine(loaded, limits, give_up)
         undo.callback(engine.close)
         engines.append((loaded, engine))
     return engines

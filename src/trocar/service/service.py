@@ -39,7 +39,6 @@ from trocar.wire import requests as q
 from trocar.wire import results as r
 from trocar.wire.tokens import TokenRequest
 
-MAX_WAIT_S: Final = 30.0
 MOST_LOGGED: Final = 500
 MOST_CODES: Final = 20
 SUMMED: Final = tuple(n for n in about.EngineView.model_fields if n != "most_requests_in_a_forward")
@@ -302,8 +301,8 @@ class Service:
         Raises:
             ProgramError: `bad_value` for a wait outside 0 to 30 s.
         """
-        if not 0.0 <= wait_s <= MAX_WAIT_S:
-            raise errors.refuse("bad_value", "wait_s", f"{wait_s} is not in 0 to {MAX_WAIT_S:g} seconds")
+        if not 0.0 <= wait_s <= q.MAX_WAIT_S:
+            raise errors.refuse("bad_value", "wait_s", f"{wait_s} is not in 0 to {q.MAX_WAIT_S:g} seconds")
         self.gate.require(principal, Power.run)
         found = self._jobs.wait(principal, job_id, wait_s)
         return found if isinstance(found, Released) else release.public(found, 202)

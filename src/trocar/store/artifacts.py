@@ -35,6 +35,7 @@ class ArtifactInfo:
         shapes: shape of each array, by site and name.
         info: what its maker remembered (JSON values).
         created_s, expires_s: Unix time in seconds; expires_s is None for an artifact that stays.
+        pinned: whether it stays after `expires_s`.
     """
 
     id: ArtifactId
@@ -45,6 +46,7 @@ class ArtifactInfo:
     info: Any
     created_s: float
     expires_s: float | None
+    pinned: bool
     size_bytes: int
 
 
@@ -100,5 +102,6 @@ def info_of(entry: Entry, size_bytes: int) -> ArtifactInfo:
         info=json.loads(entry.info),
         created_s=entry.created_s,
         expires_s=entry.expires_s,
+        pinned=entry.pinned,
         size_bytes=size_bytes,
     )

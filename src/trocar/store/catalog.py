@@ -19,10 +19,12 @@ import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError
 
 from trocar import errors
+from trocar.store.dtypes import Dtype
 
 State = Literal["open", "complete", "failed"]
 ACTIVATIONS: Final = "activations"
-_FORMAT: Final = 1
+WHOLE: Final = -1
+_FORMAT: Final = 2
 _BUSY_MS: Final = 30_000
 _META: Final = sa.MetaData()
 _ENTRIES: Final = sa.Table(
@@ -39,6 +41,8 @@ _ENTRIES: Final = sa.Table(
     sa.Column("state", sa.String, nullable=False),
     sa.Column("created_s", sa.Float, nullable=False),
     sa.Column("expires_s", sa.Float, index=True),
+    sa.Column("dtype", sa.String, nullable=False, server_default="float32"),
+    sa.Column("pinned", sa.Boolean, nullable=False, server_default=sa.false()),
 )
 _FILES: Final = sa.Table(
     "files",
@@ -50,6 +54,17 @@ _FILES: Final = sa.Table(
     sa.Column("n_rows", sa.Integer, nullable=False),
     sa.Column("size_bytes", sa.Integer, nullable=False),
     sa.Column("sha256", sa.String, nullable=False),
+    sa.Column("label", sa.String, nullable=False, server_default=""),
+    sa.Column("first_key", sa.BigInteger),
+    sa.Column("last_key", sa.BigInteger),
+)
+# What format 2 added to tables of format 1; rows of format 1 have the defaults.
+_ADDED: Final = (
+    "ALTER TABLE entries ADD COLUMN dtype VARCHAR DEFAULT 'float32' NOT NULL",
+    "ALTER TABLE entries ADD COLUMN pinned BOOLEAN DEFAULT 0 NOT NULL",
+    "ALTER TABLE files ADD COLUMN label VARCHAR DEFAULT '' NOT NULL",
+    "ALTER TABLE files ADD COLUMN first_key BIGINT",
+    "ALTER TABLE files ADD COLUMN last_key BIGINT",
 )
 
 
@@ -62,6 +77,8 @@ class Entry:
         layout: JSON; widths by site for activations, shapes by site and name for artifacts.
         info: JSON; what the maker of an artifact wants to remember.
         created_s, expires_s: Unix time in seconds; expires_s is None for an entry that stays.
+        dtype: of the stored vectors.
+        pinned: an entry that outlives `expires_s`.
     """
 
     id: str
@@ -75,11 +92,21 @@ class Entry:
     program_hash: str = ""
     info: str = "null"
     state: State = "open"
+    dtype: Dtype = "float32"
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """One immutable file; `site` is empty for a sidecar, `path` is relative to the data folder."""
+    """One immutable file; `path` is relative to the data folder.
+
+    Attributes:
+        shard: its number in the order of arrival; `WHOLE` for a file about all rows of the handle.
+        site: of its vectors; empty for a sidecar.
+        label: the column that a sidecar of labels holds; empty for any other file.
+        first_key, last_key: `RowTable.keys` of the first and the last row of a shard, in its sidecar's line; None
+            where nobody wrote them down.
+    """
 
     path: str
     entry: str
@@ -88,6 +115,9 @@ class File:
     n_rows: int
     size_bytes: int
     sha256: str
+    label: str = ""
+    first_key: int | None = None
+    last_key: int | None = None
 
 
 class Catalog:
@@ -103,11 +133,14 @@ class Catalog:
             undo.pop_all()
 
     def _prepare(self) -> None:
-        """Makes the tables of a new store; refuses one that another version of this module has made."""
+        """Makes the tables of a new store, extends those of an older one, refuses one of a newer version."""
         with self.write() as c:
             found = c.exec_driver_sql("PRAGMA user_version").scalar_one()
-            if found not in (0, _FORMAT):
+            if found not in range(_FORMAT + 1):
                 raise errors.refuse("store_damaged", "", f"the store has format {found}, not {_FORMAT}")
+            if found == 1:
+                for statement in _ADDED:
+                    c.exec_driver_sql(statement)
             _META.create_all(c)
             c.exec_driver_sql(f"PRAGMA user_version = {_FORMAT}")
 
@@ -163,7 +196,7 @@ def owned(c: sa.Connection, owner: str, now_s: float) -> list[Entry]:
 
 
 def expired(c: sa.Connection, now_s: float) -> list[str]:
-    return list(c.execute(sa.select(_ENTRIES.c.id).where(_ENTRIES.c.expires_s <= now_s)).scalars())
+    return list(c.execute(sa.select(_ENTRIES.c.id).where(~_alive(now_s))).scalars())
 
 
 def files(c: sa.Connection, entry_id: str | None = None) -> list[File]:
@@ -176,7 +209,8 @@ def files(c: sa.Connection, entry_id: str | None = None) -> list[File]:
 
 def totals(c: sa.Connection, ids: Sequence[str]) -> dict[str, tuple[int, int]]:
     """(rows, bytes) by entry id; an entry without files is absent."""
-    n_rows = sa.func.sum(sa.case((_FILES.c.site == "", _FILES.c.n_rows), else_=0))
+    rows_here = (_FILES.c.site == "") & (_FILES.c.shard != WHOLE)
+    n_rows = sa.func.sum(sa.case((rows_here, _FILES.c.n_rows), else_=0))
     query = sa.select(_FILES.c.entry, n_rows, sa.func.sum(_FILES.c.size_bytes)).group_by(_FILES.c.entry)
     return {row[0]: (row[1], row[2]) for row in c.execute(query.where(_FILES.c.entry.in_(ids)))}
 
@@ -189,6 +223,10 @@ def usage_bytes(c: sa.Connection, owner: str) -> int:
 
 def set_state(c: sa.Connection, entry_id: str, state: State) -> None:
     c.execute(sa.update(_ENTRIES).where(_ENTRIES.c.id == entry_id).values(state=state))
+
+
+def set_pinned(c: sa.Connection, entry_id: str, pinned: bool) -> None:
+    c.execute(sa.update(_ENTRIES).where(_ENTRIES.c.id == entry_id).values(pinned=pinned))
 
 
 def fail_open(c: sa.Connection) -> None:
@@ -211,8 +249,12 @@ def remove(c: sa.Connection, entry_id: str) -> list[File]:
     return gone
 
 
+def remove_files(c: sa.Connection, gone: Sequence[File]) -> None:
+    c.execute(sa.delete(_FILES).where(_FILES.c.path.in_([f.path for f in gone])))
+
+
 def _alive(now_s: float) -> sa.ColumnElement[bool]:
-    return _ENTRIES.c.expires_s.is_(None) | (_ENTRIES.c.expires_s > now_s)
+    return _ENTRIES.c.expires_s.is_(None) | (_ENTRIES.c.expires_s > now_s) | _ENTRIES.c.pinned
 
 
 def _fields(row: sa.Row[Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the stored rows are: one line per captured vector, in numpy columns and as a Parquet sidecar.
+"""What the stored rows are: one line per captured vector, in numpy columns.
 
 A row is a token of a prompt (`phase` "prompt") or of its continuation ("gen"); `position` counts tokens from
 the start of the prompt, through the continuation. The canonical order is (prompt, position); rows with equal
@@ -7,21 +7,27 @@ keys keep the order in which they arrived. This module knows nothing of vectors 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Final, Literal, cast
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from trocar import errors
 
 Phase = Literal["prompt", "gen"]
 Ints = npt.NDArray[np.int64]
-Labels = npt.NDArray[np.int64] | npt.NDArray[np.float64]
-_PHASES: Final = ("prompt", "gen")
+Texts = npt.NDArray[np.object_]
+Labels = npt.NDArray[np.int64] | npt.NDArray[np.float64] | Texts
+GivenLabels = Sequence[int] | Sequence[float] | Sequence[str] | npt.NDArray[Any]
+LABEL: Final = "label"  # the name of labels that have no other
+FIXED: Final = ("prompt", "position", "token_id", "token", "phase", "role", "split", "part")
+_RESERVED: Final = (*FIXED, "site", "layer", "row", "file_index", "file_row_number", "filename")
+_MOST_PROMPTS: Final = 1 << 38
+_MOST_POSITIONS: Final = 1 << 24
+_NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,15 +41,21 @@ class RowTable:
         token_id: int64 [n].
         token: object [n] of str, the token's text.
         phase: str [n], "prompt" or "gen".
-        label: int64 or float64 [n], or None when no labels were stored.
+        role: object [n] of str or None, who speaks ("user", "assistant"); None when nobody said.
+        split: object [n] of str or None, the part of its data set ("train"); None when nobody said.
+        labels: by name, int64, float64 or object (str) [n].
+        part: int64 [n], which of the views that were joined a row comes from; None when none were.
     """
 
     prompt: Ints
     position: Ints
     token_id: Ints
-    token: npt.NDArray[np.object_]
+    token: Texts
     phase: npt.NDArray[np.str_]
-    label: Labels | None = None
+    role: Texts | None = None
+    split: Texts | None = None
+    labels: Mapping[str, Labels] = field(default_factory=dict)
+    part: Ints | None = None
 
     @classmethod
     def of(
@@ -54,65 +66,97 @@ class RowTable:
         token_id: Sequence[int] | Ints,
         token: Sequence[str],
         phase: Sequence[Phase],
-        label: Sequence[int] | Sequence[float] | Labels | None = None,
+        role: Sequence[str | None] | None = None,
+        split: Sequence[str | None] | None = None,
+        label: GivenLabels | None = None,
+        labels: Mapping[str, GivenLabels] | None = None,
     ) -> RowTable:
         """Builds a table from lists or arrays.
+
+        Args:
+            label: the labels named "label".
 
         Raises:
             ProgramError: `rows_mismatch` for columns of different lengths, `bad_value` for a wrong type.
         """
+        named = {**(labels or {}), **({} if label is None else {LABEL: label})}
         return cls(
             prompt=_ints("prompt", prompt),
             position=_ints("position", position),
             token_id=_ints("token_id", token_id),
-            token=_texts(token),
+            token=_texts("rows.token", token),
             phase=np.array(list(phase), dtype="<U6"),
-            label=None if label is None else _labels(label),
+            role=None if role is None else _texts("rows.role", role, or_none=True),
+            split=None if split is None else _texts("rows.split", split, or_none=True),
+            labels={require_name(k, "rows.labels"): label_values(f"rows.{k}", v) for k, v in named.items()},
         ).checked()
+
+    @property
+    def label(self) -> Labels | None:
+        """The labels named "label", or None."""
+        return self.labels.get(LABEL)
 
     def checked(self) -> RowTable:
         """The table itself, after checking lengths, signs and phases."""
         n = len(self)
-        for name in ("position", "token_id", "token", "phase", "label"):
-            column = getattr(self, name)
-            if column is not None and column.shape != (n,):
+        for name, column in self._columns():
+            if column.shape != (n,):
                 raise errors.refuse(
                     "rows_mismatch", f"rows.{name}", f"{name} has shape {column.shape} and prompt has ({n},)"
                 )
         if n and min(self.prompt.min(), self.position.min() + 1) < 0:
             raise errors.refuse("bad_value", "rows", "a prompt is negative, or a position below -1")
+        if n and (self.prompt.max() >= _MOST_PROMPTS or self.position.max() >= _MOST_POSITIONS - 1):
+            raise errors.refuse("bad_value", "rows", "a prompt or a position is too large a number")
         if bool(((self.position == -1) != (self.token_id == -1)).any()):
             raise errors.refuse(
                 "bad_value", "rows", "a row of a whole prompt has no token, and no other row lacks one"
             )
-        odd = set(np.unique(self.phase)) - set(_PHASES)
-        if odd:
-            raise errors.refuse("bad_value", "rows.phase", f"{min(odd)!r} is neither 'prompt' nor 'gen'")
+        odd = (self.phase != "prompt") & (self.phase != "gen")
+        if odd.any():
+            reason = f"{self.phase[odd][0]!r} is neither 'prompt' nor 'gen'"
+            raise errors.refuse("bad_value", "rows.phase", reason)
         return self
+
+    def _columns(self) -> Iterable[tuple[str, npt.NDArray[Any]]]:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "labels":
+                yield from self.labels.items()
+            elif value is not None:
+                yield f.name, value
 
     def __len__(self) -> int:
         return len(self.prompt)
 
     def order(self) -> Ints:
         """int64 [n]: the stable permutation that puts the rows into canonical order."""
-        return np.lexsort((self.position, self.prompt))
+        return np.argsort(keys(self.prompt, self.position), kind="stable")
 
     def take(self, index: Ints | slice) -> RowTable:
         """The rows at `index`, in that order."""
-        label = None if self.label is None else self.label[index]
-        return RowTable(
-            self.prompt[index],
-            self.position[index],
-            self.token_id[index],
-            self.token[index],
-            self.phase[index],
-            label,
-        )
+        columns = {name: column[index] for name, column in self._columns()}
+        labels = {name: columns.pop(name) for name in self.labels}
+        return replace(self, **columns, labels=labels)
 
-    def same_label_type(self, other: RowTable) -> bool:
-        """Whether both have labels of one type, or both have none."""
-        ours, theirs = (None if t.label is None else t.label.dtype for t in (self, other))
-        return ours == theirs
+    def with_labels(self, more: Mapping[str, Labels]) -> RowTable:
+        """The same rows with more labels."""
+        return replace(self, labels={**self.labels, **more})
+
+    def kinds(self) -> dict[str, str]:
+        """Type of each column that a table may lack, by name: what the tables of one handle agree on."""
+        given = {"role": self.role, "split": self.split, **self.labels}
+        return {name: column.dtype.name for name, column in given.items() if column is not None}
+
+
+def keys(prompt: Ints, position: Ints) -> Ints:
+    """int64 [n] that sort as (prompt, position) does."""
+    return prompt * _MOST_POSITIONS + position + 1
+
+
+def prompts(keys: Ints) -> Ints:
+    """int64 [n], the prompts of such keys."""
+    return keys // _MOST_POSITIONS
 
 
 def empty() -> RowTable:
@@ -121,19 +165,43 @@ def empty() -> RowTable:
 
 
 def concat(tables: Sequence[RowTable]) -> RowTable:
-    """One table after the other; all have labels of one type, or none has."""
+    """One table after the other; all have the same columns."""
     if not tables:
         return empty()
-    return RowTable(*(_joined([getattr(t, f.name) for t in tables]) for f in fields(RowTable)))
-
-
-def _joined(columns: Sequence[Any]) -> Any:
-    return None if columns[0] is None else np.concatenate(columns)
+    names = [
+        f.name for f in fields(RowTable) if f.name != "labels" and getattr(tables[0], f.name) is not None
+    ]
+    joined = {name: np.concatenate([getattr(t, name) for t in tables]) for name in names}
+    labels = {name: np.concatenate([t.labels[name] for t in tables]) for name in tables[0].labels}
+    return RowTable(**joined, labels=labels)
 
 
 def is_sorted(order: Ints) -> bool:
     """Whether `order` changes nothing."""
     return bool(np.array_equal(order, np.arange(len(order))))
+
+
+def require_name(name: str, path: str) -> str:
+    """A legal name of labels.
+
+    Raises:
+        ProgramError: `bad_value` for one that is no small word, or that another column has.
+    """
+    if _NAME.fullmatch(name) is None or name in _RESERVED:
+        raise errors.refuse("bad_value", path, f"{name[:40]!r} cannot name a column of labels")
+    return name
+
+
+def label_values(path: str, values: GivenLabels) -> Labels:
+    """Labels as int64, float64 or an object array of strings (`bad_value` otherwise)."""
+    array = np.asarray(values)
+    if array.dtype.kind in "biu":
+        return array.astype(np.int64)
+    if array.dtype.kind == "f" and not np.isnan(array).any():
+        return array.astype(np.float64)
+    if array.dtype.kind in "UO":
+        return _texts(path, values)
+    raise errors.refuse("bad_value", path, f"labels of {array.dtype} are not integers, numbers or strings")
 
 
 def _ints(name: str, values: Sequence[int] | Ints) -> Ints:
@@ -143,47 +211,9 @@ def _ints(name: str, values: Sequence[int] | Ints) -> Ints:
     return array.astype(np.int64)
 
 
-def _texts(values: Sequence[str]) -> npt.NDArray[np.object_]:
+def _texts(path: str, values: Sequence[Any] | npt.NDArray[Any], *, or_none: bool = False) -> Texts:
     array = np.empty(len(values), dtype=object)
-    array[:] = values
-    if not all(isinstance(v, str) for v in array):
-        raise errors.refuse("bad_value", "rows.token", "a token is not a string")
+    array[:] = values.tolist() if isinstance(values, np.ndarray) else values
+    if not set(map(type, array)) <= ({str, type(None)} if or_none else {str}):
+        raise errors.refuse("bad_value", path, "a value is not a string")
     return array
-
-
-def _labels(values: Sequence[int] | Sequence[float] | Labels) -> Labels:
-    array = np.asarray(values)
-    if array.dtype.kind in "bi":
-        return array.astype(np.int64)
-    if array.dtype.kind == "f":
-        return array.astype(np.float64)
-    raise errors.refuse("bad_value", "rows.label", f"label holds {array.dtype}, not integers or floats")
-
-
-def to_parquet(table: RowTable) -> bytes:
-    """The sidecar of a shard: one Parquet file, zstd, about 4 bytes per row."""
-    columns = {
-        "prompt": pa.array(table.prompt),
-        "position": pa.array(table.position),
-        "token_id": pa.array(table.token_id),
-        "token": pa.array(table.token, type=pa.string()),
-        "phase": pa.array(table.phase.tolist(), type=pa.string()),
-    }
-    if table.label is not None:
-        columns["label"] = pa.array(table.label)
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink, compression="zstd")
-    return cast("bytes", sink.getvalue().to_pybytes())
-
-
-def from_parquet(raw: bytes) -> RowTable:
-    """Reads a sidecar whose hash has been checked."""
-    table = pq.ParquetFile(pa.BufferReader(raw)).read(use_threads=False)
-    return RowTable(
-        prompt=table["prompt"].to_numpy(),
-        position=table["position"].to_numpy(),
-        token_id=table["token_id"].to_numpy(),
-        token=_texts(table["token"].to_pylist()),
-        phase=np.array(table["phase"].to_pylist(), dtype="<U6"),
-        label=table["label"].to_numpy() if "label" in table.column_names else None,
-    )

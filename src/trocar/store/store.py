@@ -16,14 +16,19 @@ from typing import Any, Final, Self
 import sqlalchemy as sa
 
 from trocar import errors
-from trocar.store import artifacts, catalog, ids
+from trocar.store import artifacts, catalog, dtypes, ids, labels
 from trocar.store.artifacts import Arrays, Artifact, ArtifactInfo
+from trocar.store.bucket import Objects
 from trocar.store.catalog import ACTIVATIONS, Entry, File
 from trocar.store.depot import Depot
+from trocar.store.folder import Folder
 from trocar.store.ids import ArtifactId, HandleId
+from trocar.store.index import RowIndex
 from trocar.store.quota import Quota
 from trocar.store.reader import HandleInfo, Reader, infos_of
-from trocar.store.writer import Writer
+from trocar.store.rows import GivenLabels
+from trocar.store.shelf import Slot
+from trocar.store.writer import Begun, Writer
 
 SHARD_BYTES: Final = 64 << 20
 Findings = list[str]  # the class below has a method of that name
@@ -37,6 +42,7 @@ class Store:
 
     Args:
         root: made when absent; nothing else may write there.
+        objects: where files lie, with the catalog and a cache in `root`; in `root` too when None.
         quota_bytes: what each owner may keep; None for no limit.
         shard_bytes: how much a writer buffers, over all sites of a handle.
         clock: Unix time in seconds.
@@ -46,12 +52,13 @@ class Store:
         self,
         root: Path,
         *,
+        objects: Objects | None = None,
         quota_bytes: int | None = None,
         shard_bytes: int = SHARD_BYTES,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._clock, self._shard_bytes, self._quota = clock, shard_bytes, Quota(quota_bytes)
-        self._depot = Depot(root)
+        self._depot = Depot(root, Folder if objects is None else objects.shelf())
         self._catalog = self._depot.catalog
         self.sweep()
 
@@ -75,6 +82,8 @@ class Store:
         program_hash: str,
         *,
         handle: HandleId | None = None,
+        dtype: str = "float32",
+        resumable: bool = False,
         ttl_s: float | None = None,
     ) -> Writer:
         """Starts a handle and returns its writer.
@@ -82,11 +91,14 @@ class Store:
         Args:
             handle: its id, from `ids.new_handle`; a new one when None.
             widths: width of a row by canonical site, for example {"resid_post.12": 576}.
+            dtype: of the numbers in the files: "float32", "bfloat16" or "float16".
+            resumable: whether leaving the writer's `with` block early keeps what is committed, for `resume`.
             ttl_s: seconds from now after which the handle is gone, open or not; None to keep it.
 
         Raises:
             ProgramError: `unknown_site`, `nothing_returned` (no site) or `bad_value`.
         """
+        kind = dtypes.require(dtype, "dtype")
         if not widths:
             raise errors.refuse("nothing_returned", "widths", "a handle needs at least one site")
         for site, width in widths.items():
@@ -105,10 +117,51 @@ class Store:
             expires_s=self._expiry(now_s, ttl_s),
             model=model,
             program_hash=program_hash,
+            dtype=kind,
         )
         with self._catalog.write() as c:
             catalog.add_entry(c, entry)
-        return Writer(self._depot, self._quota, HandleId(entry.id), widths, self._shard_bytes)
+        self._depot.claim(entry.id)
+        return self._writer(entry, Begun(), resumable=resumable)
+
+    def resume(self, owner: str, handle: str) -> Writer:
+        """The writer of a handle whose writer died or detached; what that one committed stays.
+
+        Raises:
+            NotFound: `handle_not_found`, as for `open`.
+            ProgramError: `handle_incomplete` while another writer lives, `bad_value` for a finished handle.
+        """
+        with self._catalog.read() as c:
+            self._find(c, owner, handle, ids.is_handle)
+        if not self._depot.claim(handle):
+            raise errors.refuse("handle_incomplete", "handle", f"{handle} is being written")
+        done = False
+        try:
+            with self._catalog.write() as c:
+                entry = self._find(c, owner, handle, ids.is_handle)
+                if entry.state == "complete":
+                    raise errors.refuse("bad_value", "handle", f"{handle} is complete")
+                catalog.set_state(c, entry.id, "open")
+                files = catalog.files(c, entry.id)
+            index = RowIndex(self._depot, files)
+            writer = self._writer(entry, Begun(index.n_shards, index.kinds(), index.prompts), resumable=True)
+            done = True
+        finally:
+            if not done:
+                self._depot.unclaim(handle)
+        return writer
+
+    def _writer(self, entry: Entry, begun: Begun, *, resumable: bool) -> Writer:
+        return Writer(
+            self._depot,
+            self._quota,
+            HandleId(entry.id),
+            json.loads(entry.layout),
+            entry.dtype,
+            self._shard_bytes,
+            begun,
+            resumable=resumable,
+        )
 
     def _expiry(self, now_s: float, ttl_s: float | None) -> float | None:
         if ttl_s is None:
@@ -132,6 +185,26 @@ class Store:
             if entry.state != "complete" and not partial:
                 raise errors.refuse("handle_incomplete", "handle", f"{handle} is {entry.state}")
             return Reader(self._depot, infos_of(c, [entry])[0], catalog.files(c, entry.id))
+
+    def add_labels(
+        self, owner: str, handle: str, name: str, values: GivenLabels, *, by: labels.By = "row"
+    ) -> None:
+        """Adds a column of labels to a finished handle; its vectors are not touched.
+
+        Args:
+            name: a small word that no column of the handle has.
+            values: integers, booleans, numbers or strings: one per row, in the order of `Reader.rows`.
+            by: "prompt" when there is one value per prompt instead, from prompt 0 on.
+
+        Raises:
+            NotFound, ProgramError: as `open`; `bad_value`, `rows_mismatch`.
+            Overloaded: `disk_full`.
+        """
+        labels.add(self._depot, self._quota, self.open(owner, handle), name, values, by)
+
+    def drop_labels(self, owner: str, handle: str, name: str) -> None:
+        """Removes labels that `add_labels` has added (`bad_value` if there are none); else raises as `open`."""
+        labels.drop(self._depot, self.open(owner, handle), name)
 
     def list(self, owner: str) -> Sequence[HandleInfo]:
         """The owner's handles in any state, oldest first."""
@@ -182,7 +255,7 @@ class Store:
             self._quota.admit(c, owner, len(raw))
             catalog.add_entry(c, entry)
 
-        draft = self._depot.draft([raw], name="artifact.safetensors", shard=0, site="", n_rows=0)
+        draft = self._depot.shelf.draft(name, [raw], Slot("artifact.safetensors", 0, "", 0))
         self._depot.publish(name, [draft], admit)
         return name
 
@@ -196,10 +269,7 @@ class Store:
         with self._catalog.read() as c:
             entry = self._find(c, owner, artifact, ids.is_artifact)
             file = catalog.files(c, entry.id)[0]
-        try:
-            raw = self._depot.load(file)
-        except FileNotFoundError:
-            raise self._depot.missing(file) from None
+        raw = self._depot.load(file)
         return artifacts.unpack(artifacts.info_of(entry, file.size_bytes), raw)
 
     def list_artifacts(self, owner: str) -> Sequence[ArtifactInfo]:
@@ -221,6 +291,24 @@ class Store:
             return catalog.remove(c, found.id)
 
         self._depot.withdraw(remove)
+        self._depot.unclaim(entry)
+
+    def pin(self, owner: str, entry: str) -> None:
+        """Keeps a handle or an artifact beyond its time; it counts in the quota like any other.
+
+        Raises:
+            NotFound: `handle_not_found`, as for `open`.
+        """
+        self._set_pinned(owner, entry, pinned=True)
+
+    def unpin(self, owner: str, entry: str) -> None:
+        """Ends a pin: an entry whose time is over is gone at once. Raises as `pin` does."""
+        self._set_pinned(owner, entry, pinned=False)
+
+    def _set_pinned(self, owner: str, entry: str, *, pinned: bool) -> None:
+        with self._catalog.write() as c:
+            found = self._find(c, owner, entry, lambda text: ids.is_handle(text) or ids.is_artifact(text))
+            catalog.set_pinned(c, found.id, pinned)
 
     def usage(self, owner: str) -> int:
         """Bytes on disk of the owner's handles and artifacts."""
@@ -257,11 +345,12 @@ class Store:
         wrong: list[str] = []
         for entry in handles:
             expected = {"", *json.loads(entry.layout)}
-            numbers = sorted({f.shard for f in files[entry.id]})
+            listed = [f for f in files[entry.id] if f.shard != catalog.WHOLE]
+            numbers = sorted({f.shard for f in listed})
             if numbers != list(range(len(numbers))):
                 wrong.append(f"{entry.id}: shards {numbers} have a gap")
             for number in numbers:
-                shard = [f for f in files[entry.id] if f.shard == number]
+                shard = [f for f in listed if f.shard == number]
                 if {f.site for f in shard} != expected or len({f.n_rows for f in shard}) != 1:
                     wrong.append(f"{entry.id}: the sites of shard {number} do not match")
         return wrong

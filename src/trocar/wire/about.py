@@ -37,10 +37,15 @@ class AirlockView(Strict):
 
 
 class CapabilitiesView(Public):
-    """What this server can do, from the op table and the models it loaded."""
+    """What this server can do, from the op table and the models it loaded.
+
+    Attributes:
+        network: `closed` when what runs the models has no network, as the gate requires of it.
+    """
 
     version: str
     isolation: Literal["process", "host"]
+    network: Literal["closed", "allowed"] = "allowed"
     engines: dict[str, str]
     ops: tuple[OpView, ...]
     fits: tuple[str, ...]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -56,9 +56,19 @@ class Pinned(Strict):
 
 
 class Hello(Strict):
-    """The facts by which the gate checks and prices; a worker that has others must say so."""
+    """What the gate goes by and tells everybody; a worker to which it does not apply must say so.
+
+    Attributes:
+        models: the facts by which it checks and prices.
+        network: `closed` when it says that the worker has none.
+    """
 
     models: tuple[Pinned, ...]
+    network: Literal["closed", "allowed"] = "allowed"
+
+
+GREETED: Final = ("network",)
+"""What else than the models may not apply, by number."""
 
 
 class Ask(Strict):

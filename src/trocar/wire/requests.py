@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ from trocar.graph.words import HandleText, SiteText
 from trocar.strict import Strict
 
 MAX_TEXT = 200_000
+MAX_WAIT_S: Final = 30.0
 TokenIds = Annotated[
     tuple[Annotated[int, Field(ge=0, le=2**31)], ...], Field(max_length=65_536, fail_fast=True)
 ]

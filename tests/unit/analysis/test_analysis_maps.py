@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.linear_model import Ridge
 
 from trocar import analysis
 from trocar.errors import TrocarError
@@ -58,3 +59,36 @@ def test_what_cannot_be_fitted(x: np.ndarray, y: np.ndarray, code: str) -> None:
 
 def test_a_target_that_does_not_vary_scores_zero() -> None:
     assert analysis.linear_map(rows(20, 3), np.ones((20, 2)), l2=None, **OPTIONS).r2 == 0.0
+
+
+class Ragged(analysis.ArraySource):
+    """A source whose blocks end where they like."""
+
+    def __init__(self, array: np.ndarray, step: int) -> None:
+        super().__init__(array)
+        self.step = step
+
+    def blocks(self, most: int = 512):
+        return super().blocks(min(most, self.step))
+
+
+def test_sources_give_the_map_of_scikit_learn() -> None:
+    x, y = rows(300, 7).astype(np.float32), rows(300, 5, 1).astype(np.float32)
+    y += x[:, :5]
+    fit = analysis.linear_map(Ragged(x, 13), Ragged(y, 40), l2=2.0, **OPTIONS)
+    order = np.random.default_rng([3, 1]).permutation(300)
+    train, test = order[:225], order[225:]
+    model = Ridge(alpha=2.0).fit(x[train].astype(float), y[train].astype(float))
+    assert np.abs(fit.map - model.coef_.T).max() < 1e-9
+    assert np.abs(fit.bias - model.intercept_).max() < 1e-9
+    for side, found in ((train, fit.r2_train), (test, fit.r2)):
+        missed = ((y[side] - model.predict(x[side])) ** 2).sum()
+        assert found == pytest.approx(1 - missed / ((y[side] - y[side].mean(axis=0)) ** 2).sum(), abs=1e-6)
+
+
+def test_features_that_are_copies_need_a_penalty() -> None:
+    x = np.repeat(rows(40, 3), 2, axis=1)
+    with pytest.raises(TrocarError) as caught:
+        analysis.linear_map(x, rows(40, 2, 1), l2=0.0, **OPTIONS)
+    assert caught.value.code == "fit_not_converged"
+    assert np.isfinite(analysis.linear_map(x, rows(40, 2, 1), l2=None, **OPTIONS).map).all()

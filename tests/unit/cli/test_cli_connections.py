@@ -175,3 +175,27 @@ def test_the_limit_counts_requests_and_not_sockets() -> None:
 
     said = asyncio.run(go())
     assert [s.split()[1] for s in said] == [b"200", b"200", b"503"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "body"),
+    [(b"no http\r\n\r\n", b"400", b"Invalid HTTP request received."), (GET, b"503", b"Service Unavailable")],
+)
+def test_what_is_answered_below_the_application_is_plain_text(
+    sent: bytes, status: bytes, body: bytes
+) -> None:
+    """As docs/api.md says: no JSON, nothing of the request, and the connection ends."""
+
+    async def go() -> bytes:
+        async with serving(app(), limit_concurrency=0) as dial:
+            reader, writer = await dial()
+            writer.write(sent)
+            said = await _said(reader, 5)
+            writer.close()
+            return said
+
+    head, _, rest = asyncio.run(go()).partition(b"\r\n\r\n")
+    assert head.split()[1] == status
+    assert b"content-type: text/plain" in head.lower()
+    assert b"connection: close" in head.lower()
+    assert body in rest

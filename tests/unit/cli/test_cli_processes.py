@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from trocar.cli import child, processes
+from trocar.cli.inherited import environment
 from trocar.cli.processes import Household, Process
 from trocar.errors import TrocarError
 
@@ -131,22 +132,46 @@ def test_one_that_does_not_stop_is_killed(
     assert home.worker.child.returncode == -signal.SIGKILL
 
 
-def test_secrets_of_the_environment_reach_the_gate_alone(
+SECRETS = {
+    "PGPASSWORD": "hunter2",
+    "DATABASE_URL": "postgresql://u:hunter2@h/d",
+    "AWS_SECRET_ACCESS_KEY": "hunter2",
+    "AWS_SESSION_TOKEN": "hunter2",
+    "GOOGLE_APPLICATION_CREDENTIALS": "/hunter2",
+    "HF_TOKEN": "hunter2",
+    "HUGGING_FACE_HUB_TOKEN": "hunter2",
+    "TROCAR_API_KEY": "trk_hunter2",
+    "TROCAR_LEDGER": "postgresql://u:hunter2@h/d",
+    "TORCH_HUB_TOKEN": "hunter2",
+    "NVIDIA_API_KEY": "hunter2",
+    "SOMETHING_NEW": "hunter2",
+    "HTTPS_PROXY": "http://u:hunter2@h",
+}
+NEEDED = {
+    "PATH": "/bin", "HOME": "/h", "LANG": "C.UTF-8", "LC_ALL": "C", "TMPDIR": "/t", "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0", "HIP_VISIBLE_DEVICES": "0", "LD_LIBRARY_PATH": "/l",
+    "HF_HOME": "/hf", "TROCAR_CACHE": "/c", "PYTORCH_CUDA_ALLOC_CONF": "x", "PYTHONHASHSEED": "0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["worker", "gate", "front"])
+def test_what_is_on_no_list_is_not_inherited(part: str) -> None:
+    found = environment(part, {**SECRETS, **NEEDED})
+    assert set(found) == {*NEEDED, *(("PGPASSWORD", "TROCAR_LEDGER") if part == "gate" else ())}
+    assert all(({**SECRETS, **NEEDED})[name] == value for name, value in found.items())
+
+
+def test_the_processes_themselves_find_no_secret(
     parts: Callable[..., Household], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, dict[str, str]] = {}
-    plain = processes.subprocess.Popen
-
-    def popen(command: list[str], **options: Any) -> Any:
-        seen[command[3]] = options["env"]
-        return plain(command, **options)
-
-    monkeypatch.setenv("TROCAR_LEDGER", "postgresql://secret")
-    monkeypatch.setenv("TROCAR_API_KEY", "trk_secret")
-    monkeypatch.setattr(processes.subprocess, "Popen", popen)
-    parts().start()
-    assert {name for name, env in seen.items() if "TROCAR_LEDGER" in env} == {"gate"}
-    assert {name for name, env in seen.items() if "TROCAR_API_KEY" in env} == {"gate"}
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    home = parts()
+    home.start()
+    held = {p.name: Path(f"/proc/{p.child.pid}/environ").read_bytes() for p in home.all if p.child}
+    assert [name for name, bytes_ in held.items() if b"hunter2" in bytes_] == ["gate"]
+    assert b"AWS" not in held["gate"]
+    assert b"PATH=" in held["worker"]
 
 
 def test_a_child_ends_when_its_parent_does() -> None:

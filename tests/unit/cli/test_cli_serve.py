@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from trocar.cli import access, address, saved
-from trocar.client.settings import Settings, config_path
+from trocar.client.settings import Settings, config_path, saved_entries
 from trocar.errors import TrocarError
 from trocar.gate.gate import Gate
 from trocar.gate.policy import Role, Tier
@@ -90,14 +90,42 @@ def test_the_sdk_reads_what_was_saved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("home")
+def test_a_config_folder_of_somebody_else_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After `runuser` HOME is still another user's."""
+    monkeypatch.delenv("TROCAR_URL")
+    denied = PermissionError(13, "Permission denied", str(config_path()))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise denied
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert saved_entries() == {}
+    assert Settings.find().api_key is None
+    outcome = saved.save(URL, "trk_a", replace=True)
+    assert (outcome.written, "cannot be written: Permission denied" in outcome.said) == (False, True)
+
+
+@pytest.mark.usefixtures("home")
+def test_an_entry_that_cannot_be_read_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    saved.save(OTHER, "trk_other", replace=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(saved, "saved_entries", dict)
+        assert saved.save(URL, "trk_a", replace=True).written
+    assert tomllib.loads(config_path().with_name("config.toml.old").read_text())["url"] == OTHER
+
+
+@pytest.mark.usefixtures("home")
 def test_another_servers_entry_stays_unless_replacing_was_asked_and_then_it_is_kept() -> None:
     saved.save(OTHER, "trk_other", replace=False)
     kept = saved.save(URL, "trk_a", replace=False)
     assert (kept.written, OTHER in kept.said) == (False, True)
-    assert saved.read() == {"url": OTHER, "api_key": "trk_other"}
+    assert saved_entries() == {"url": OTHER, "api_key": "trk_other"}
     replaced = saved.save(URL, "trk_a", replace=True)
     assert (replaced.written, OTHER in replaced.said) == (True, True)
-    assert saved.read() == {"url": URL, "api_key": "trk_a"}
+    assert saved_entries() == {"url": URL, "api_key": "trk_a"}
     old = config_path().with_name("config.toml.old")
     assert tomllib.loads(old.read_text()) == {"url": OTHER, "api_key": "trk_other"}
     assert old.stat().st_mode & 0o777 == 0o600
@@ -166,7 +194,7 @@ def test_save_key_saves_and_a_restart_on_another_port_finds_its_own_key(gate: Ga
     again = access.saved_secret(gate)
     assert again is not None
     assert access.access(gate, URL, again, save_key=True).sdk_knows
-    assert saved.read() == {"url": URL, "api_key": again}
+    assert saved_entries() == {"url": URL, "api_key": again}
     assert len(gate.keys.list()) == 1
 
 

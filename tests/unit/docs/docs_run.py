@@ -22,7 +22,7 @@ STATEMENTS = [
 ]
 LABELS = [1, 0, 1, 0] * 4
 # Pages whose blocks run from top to bottom and print what the page shows.
-PAGES = ("positions.md", "sweeps.md", "sessions.md", "airlock.md")
+PAGES = ("positions.md", "sweeps.md", "sessions.md", "airlock.md", "fits.md", "analyses.md")
 
 
 class Clients:

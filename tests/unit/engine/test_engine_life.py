@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from itertools import count
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from trocar.engine import visits
 from trocar.engine.hf import step as step_room
 from trocar.engine.hf.engine import HFEngine, Limits
+from trocar.engine.hf.stack import Stack
 from trocar.engine.protocol import Task
 from trocar.errors import Overloaded, RunFailed, ServerFault, TrocarError
 from trocar.graph import check, ops
@@ -181,6 +183,33 @@ def test_a_batch_that_breaks_fails_its_requests_and_no_later_one(
     assert "bug" not in str(caught.value)
     assert engine.submit(task(engine, "b")).result(WAIT_S)
     assert engine.check() == []
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_an_engine_that_takes_no_steps_any_more_gives_up(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, lasting: bool
+) -> None:
+    """A step that fails alone ends one request; one that fails again without it ends the process, where that may be,
+    before anybody hears that the request failed."""
+    given_up: list[bool] = []
+    engine = HFEngine(tiny, give_up=lambda: given_up.append(future.done()))
+    plain, calls = Stack.forward, count()
+
+    def broken(*args: Any) -> Any:
+        if next(calls) == 0 or lasting:
+            raise MemoryError
+        return plain(*args)
+
+    monkeypatch.setattr(Stack, "forward", broken)
+    with engine._wake:
+        future = engine.submit(task(engine, "a"))
+    with pytest.raises(ServerFault):
+        future.result(WAIT_S)
+    assert given_up == ([False] if lasting else [])
+    if not lasting:
+        assert engine.submit(task(engine, "b")).result(WAIT_S)
+        assert engine.check() == []
+    engine.close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -1,7 +1,7 @@
 """Real processes that use one ledger: this file, run as a program under `python -O`.
 
-`start` runs one of them; a `Nest` is a process that has imported everything and forks them, for tests that
-need many: a start is then milliseconds.
+`start` runs one of them; a `Nest` is a process that has imported everything, opened the ledger once and forks
+them, for tests that need many: a start is then milliseconds.
 
 storm   reserve, settle, then append the emitted bits to an fsynced side file, until told to stop
 race    fifty threads reserve and settle 10 bits at a time until the budget is gone
@@ -207,8 +207,16 @@ def _run(mode: str, url: str, folder: str, secret: str) -> None:
     database.close()
 
 
+def _warm_up(url: str) -> None:
+    """The driver and the compiler of statements are loaded by the first opening, not by an import."""
+    database = Database(url)
+    Ledger(database, overhead_bits=1).close()
+    database.close()
+
+
 def _nest(url: str, folder: str, secret: str) -> None:
     """A line with a mode starts a process; a line with its number waits for its end."""
+    _warm_up(url)
     for line in sys.stdin:
         word = line.strip()
         if word in MODES:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from trocar import errors
-from trocar.gate.coding import COARSE, Coder, require_finite, require_scalar_bits, round_to_bits
+from trocar.gate.coding import COARSE, Coder, require_finite, round_to_bits
 from trocar.graph.cost import Prices
 
 FLOATS = st.integers(10, 32)
@@ -275,18 +275,6 @@ def test_what_numbers_cost() -> None:
     assert (coarse.bits_numbers(0), exact.bits_numbers(0)) == (16, 0)
     assert (exact.step, exact.floor, exact.exact, coarse.exact) == (0.0, None, True, False)
     assert coarse.alone(array(0.1)).tolist() == [0.10009765625]
-
-
-@pytest.mark.parametrize("bits", [*COARSE, 32])
-def test_widths_that_are_rounded_to(bits: int) -> None:
-    require_scalar_bits(bits)
-
-
-@pytest.mark.parametrize("bits", [-8, 0, 1, 3, 17, 24, 31, 33])
-def test_widths_that_nothing_is_rounded_to(bits: int) -> None:
-    with pytest.raises(errors.ServerFault) as caught:
-        require_scalar_bits(bits)
-    assert (caught.value.code, caught.value.path) == ("bad_bits", "scalar_bits")
 
 
 def test_no_numbers_are_finite() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from facade_room import FACTS, ask, hold, key, kinds, presses, refused, with_tier
 
+from trocar import errors
 from trocar.errors import TrocarError
 from trocar.gate import policy_log
 from trocar.gate.chain import Kind
@@ -309,7 +310,7 @@ def test_anchors_see_what_a_gate_wrote_and_an_older_copy_does_not_start(tmp_path
     yesterday = ledger.read_bytes()
     second = at(tmp_path, anchors=anchors)
     gate_key = key(second)
-    second.cancel(hold(second, gate_key))
+    second.cancel(hold(second, gate_key), errors.refuse("cancelled", "", "the job was cancelled"))
     head = second.ledger.head()
     second.close()
     [file] = anchors.iterdir()

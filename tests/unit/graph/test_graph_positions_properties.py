@@ -148,8 +148,8 @@ def test_four_thousand_prompts_are_quick() -> None:
     offsets = tuple((i, i + 4) for i in range(0, len(text), 4))
     marks = Marks(text, offsets, (("user", 5, 40), ("user", 45, 50)), {"m": (True, False) * 27 + (True,)})
     here = Walk(Scope(PAPER, (len(offsets),) * 4096, Generation(), {}, {}, encode, (marks,) * 4096))
-    started = time.perf_counter()
+    started = time.thread_time()
     for i in range(5):
         for selector in (f'span("fox", {i})', f'role("user")[{i}:]', f'mask("m")[{i}]', f"prompt[{i},-1]"):
             here.select(selector, "at")
-    assert time.perf_counter() - started < 1.0 * SLACK
+    assert time.thread_time() - started < 1.0 * SLACK

@@ -97,7 +97,7 @@ def judge(body: Any, lengths: tuple[int, ...]) -> None:
     def look() -> None:
         check.check(strict.parse(Program, raw, options={"op": tuple(SPEC)}), scope(lengths), PRICES)
 
-    started = time.perf_counter()
+    started = time.thread_time()
     try:
         look()
     except errors.TrocarError as e:
@@ -106,7 +106,7 @@ def judge(body: Any, lengths: tuple[int, ...]) -> None:
         found = ()
     assert all(r.code in CODES and r.reason and r.next_step for r in found)
     assert len(found) <= check.MAX_REFUSALS
-    spent_s = time.perf_counter() - started
+    spent_s = time.thread_time() - started
     # who is slow is asked again: one call in ten thousand meets Python's collector or a busy machine
     assert spent_s < 0.05 * SLACK or seconds(look) < 0.05 * SLACK
 
@@ -135,10 +135,10 @@ def test_bytes(raw: bytes) -> None:
 def seconds(work: Any) -> float:
     best = 9.0
     for _ in range(3):
-        started = time.perf_counter()
+        started = time.thread_time()
         with suppress(errors.TrocarError):
             work()
-        best = min(best, time.perf_counter() - started)
+        best = min(best, time.thread_time() - started)
     return best
 
 
@@ -150,14 +150,14 @@ def chain(n: int) -> list[dict[str, Any]]:
 
 def test_five_thousand_nodes_are_refused_at_once() -> None:
     raw = json.dumps({"nodes": chain(5000)}).encode()
-    started = time.perf_counter()
+    started = time.thread_time()
     try:
         strict.parse(Program, raw)
     except errors.ProgramError as e:
         found = e
     assert (found.code, found.path) == ("too_many_nodes", "nodes")
     assert "5002" in found.reason
-    assert time.perf_counter() - started < 1.0
+    assert time.thread_time() - started < 1.0
 
 
 def test_doubling_is_linear() -> None:
@@ -180,9 +180,9 @@ def test_an_ordinary_program_takes_a_millisecond() -> None:
     assert len(ordinary.nodes) == 40
     times = []
     for _ in range(50):
-        started = time.perf_counter()
+        started = time.thread_time()
         check.check(ordinary, Case(new=2).scope(), PRICES)
-        times.append(time.perf_counter() - started)
+        times.append(time.thread_time() - started)
     assert sorted(times)[25] < 0.001 * SLACK
 
 

@@ -72,13 +72,13 @@ class Peer:
         self._listener = listen(self.path, 8)
         self._listener.settimeout(WAIT_S)
 
-    def accept(self, hello: Status = Status.done) -> None:
+    def accept(self, hello: Status = Status.done, node: int | None = None) -> None:
         """Takes a line and answers its greeting."""
         self.connection, _ = self._listener.accept()
         self.connection.settimeout(WAIT_S)
         frame = self.read()
         assert frame.head.kind is Kind.hello
-        body = orders.pack_fault("internal", None) if hello is Status.fault else b""
+        body = orders.pack_fault("internal", node) if hello is Status.fault else b""
         self.answer(frame.head.number, body, hello)
 
     def read(self) -> frames.Frame:

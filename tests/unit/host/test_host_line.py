@@ -7,17 +7,23 @@ import logging
 import struct
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from host_parts import WAIT_S, Peer, Three, three, until
+from host_parts import WAIT_S, Peer, Three, folder, three, until
 
 from trocar.errors import TrocarError
+from trocar.gate.gate import Gate
+from trocar.host.gate import house, remote, suspects
 from trocar.host.gate import line as lines
-from trocar.host.gate import remote, suspects
+from trocar.service.service import Service
 from trocar.wire import frames, orders
 from trocar.wire.frames import HEAD_BYTES, Head, Kind, Status
+from trocar.wire.orders import Hello, Pinned
 from trocar.wire.requests import RunRequest
 
 LP = {"op": "logprobs", "id": "lp", "at": "prompt[-1]", "tokens": [1, 2]}
@@ -307,6 +313,21 @@ def test_a_request_that_comes_through_is_no_suspect(host: Three, peer: Peer) -> 
             host.line.wait(WAIT_S)
 
 
+def test_a_request_that_fails_between_two_deaths_stays_a_suspect(host: Three, peer: Peer) -> None:
+    for how in ("cut", "fail", "cut"):
+        job = start(host, prompt="poison")
+        number = peer.next(Kind.run).head.number
+        if how == "fail":
+            peer.answer(number, orders.pack_fault("internal", None), Status.fault)
+            assert ending(host, job).code == "internal"
+        else:
+            peer.cut()
+            assert ending(host, job).code == "worker_lost"
+            peer.accept()
+            host.line.wait(WAIT_S)
+    assert ending(host, start(host, prompt="poison")).code == "quarantined"
+
+
 def test_suspects_are_forgotten_after_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [1000.0]
     monkeypatch.setattr(suspects.time, "monotonic", lambda: now_s[0])
@@ -342,6 +363,40 @@ def test_a_worker_of_other_models_is_refused_and_nobody_is_accused(tiny: Any) ->
         with pytest.raises(TrocarError) as caught:
             host.line.wait(WAIT_S)
         assert caught.value.code == "checksum_mismatch"
+        assert not host.frozen("tiny")
+        peer.close()
+
+
+@pytest.mark.parametrize("network", ["closed", "allowed"])
+def test_the_gate_says_of_the_network_what_the_worker_agreed_to(
+    tiny: Any, network: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with folder() as root:
+        gate = Gate(f"sqlite:///{tmp_path}/ledger.db")
+        manifest = SimpleNamespace(name="tiny")
+        monkeypatch.setattr(house, "locate", lambda _: (tmp_path, manifest))
+        monkeypatch.setattr(house, "pinned", lambda *_: Pinned(facts=tiny.facts, engine="hf"))
+        monkeypatch.setattr(house, "codec_at", lambda _: tiny.text)
+        peer = Peer(root / "w")
+        heard = ThreadPoolExecutor(1).submit(peer.accept)
+        service = house.assemble(["tiny"], tmp_path, root / "w", gate, within_s=WAIT_S, network=network)
+        heard.result(WAIT_S)
+        assert orders.read(Hello, peer.heard[0].body).network == network
+        told = json.loads(service.capabilities().payload)
+        assert (told["isolation"], told["network"]) == ("host", network)
+        assert set(told) == set(json.loads(Service.capabilities(service).payload))
+        service.close()
+        peer.close()
+
+
+def test_a_worker_in_a_network_is_refused_by_a_gate_that_says_it_is_in_none(tiny: Any) -> None:
+    with three(tiny, fake=True) as host:
+        peer = Peer(host.root / "w")
+        peer.accept(Status.fault, node=0)
+        with pytest.raises(TrocarError) as caught:
+            host.line.wait(WAIT_S)
+        assert caught.value.code == "network_open"
+        assert "--network allowed" in caught.value.refusals[0].next_step
         assert not host.frozen("tiny")
         peer.close()
 

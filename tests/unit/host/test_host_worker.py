@@ -207,6 +207,22 @@ def test_a_worker_says_when_it_has_other_models(
     assert len(frame.body) == (orders.FAULT_BYTES if status is Status.fault else 0)
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_worker_with_a_network_contradicts_a_gate_that_says_it_has_none(own: Any, alone: bool) -> None:
+    with ExitStack() as undo:
+        root = undo.enter_context(folder())
+        store = Store(root / "store")
+        undo.callback(store.close)
+        engine = HFEngine(own)
+        undo.callback(engine.close)
+        bench_on(bench_of([(own, engine)], store, alone=alone), root / "w", undo)
+        mine = Pinned(facts=engine.facts, engine=engine.name)
+        for network, fits in (("allowed", True), ("closed", alone)):
+            hello = Hello(models=(mine,), network=network).model_dump_json().encode()  # type: ignore[arg-type]
+            body = exchange(root / "w", Kind.hello, hello).body
+            assert body == (b"" if fits else orders.pack_fault("internal", 0))
+
+
 @pytest.mark.parametrize("kind", [Kind.run, Kind.fit, Kind.erase, Kind.hello, Kind.stats, Kind.check])
 def test_what_is_no_order_is_a_fault(bench: tuple[Path, Pinned], kind: Kind) -> None:
     assert exchange(bench[0], kind, b"not an order").body == orders.pack_fault("internal", None)

@@ -295,6 +295,27 @@ def test_a_directory_that_changes_gets_another_manifest(cache_root: Path, tiny_d
     assert locate(tiny_dir)[1].fingerprint != before
 
 
+def test_a_directory_whose_weights_may_not_be_read_says_who_should_look(
+    cache_root: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gate of three processes never reads weights: it finds the manifest that somebody else made."""
+    weights = str(tiny_dir / "model.safetensors")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", weights)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "describe", refuse)
+        with pytest.raises(errors.RunFailed) as e:
+            locate(tiny_dir)
+    assert e.value.code == "model_unsupported"
+    assert f"Permission denied: {weights!r}" in e.value.reason
+    assert f"trocar model show {tiny_dir}" in str(e.value)
+    made = locate(tiny_dir)[1]
+    monkeypatch.setattr(cache, "describe", refuse)
+    assert locate(tiny_dir)[1] == made
+
+
 def test_a_directory_that_is_not_there_is_refused(cache_root: Path) -> None:
     with pytest.raises(errors.NotFound, match="model_not_pulled"):
         pull("./nowhere")

@@ -127,6 +127,31 @@ def test_a_catalog_with_a_hole_is_reported(filled: tuple[Path, str, str]) -> Non
         assert store.check() == [f"{handle}: the sites of shard 0 do not match"]
 
 
+def test_a_store_of_the_first_format_is_read_and_written(filled: tuple[Path, str, str]) -> None:
+    root, handle, artifact = filled
+    with sqlite3.connect(root / "catalog.sqlite") as c:
+        for table, columns in {
+            "entries": ["dtype", "pinned"],
+            "files": ["label", "first_key", "last_key"],
+        }.items():
+            for column in columns:
+                c.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        c.execute("PRAGMA user_version = 1")
+    c.close()
+    with Store(root) as store:
+        assert store.check() == store.verify() == []
+        reader = store.open("alice", handle)
+        assert (reader.info.dtype, reader.info.pinned) == ("float32", False)
+        expected = sorted([0, 1, 2, 3, 4, 5] * 2)  # both shards hold the same keys, so they are merged
+        assert reader.rows().position.tolist() == expected
+        assert sum(len(block) for block in reader.site("resid_post.0").blocks(5)) == 12
+        assert store.open_artifact("alice", artifact).info.kind == "ridge"
+        with store.create("alice", "smol", "f1", SITES, "p1", dtype="bfloat16") as writer:
+            new = writer.finish().id
+    with Store(root) as store:
+        assert {i.id: i.dtype for i in store.list("alice")} == {handle: "float32", new: "bfloat16"}
+
+
 def test_a_store_of_another_format_is_not_opened(tmp_path: Path) -> None:
     with Store(tmp_path):
         pass

@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,6 +119,37 @@ def test_expiry_removes_bytes(store: Store, clock: Clock, tmp_path: Path) -> Non
     assert before.sum() == 4 * WIDTH  # what is mapped stays
     with pytest.raises(errors.NotFound):
         reader.read("resid_post.3")
+
+
+def test_what_is_pinned_outlives_its_time_and_counts(store: Store, clock: Clock) -> None:
+    info = kept(store, ttl_s=5.0)
+    artifact = store.save_artifact("alice", "ridge", "f1", ARRAYS, {}, ttl_s=5.0)
+    used = store.usage("alice")
+    for name in (info.id, artifact):
+        store.pin("alice", name)
+    clock.now_s += 100
+    assert store.sweep() == 0
+    assert store.usage("alice") == used
+    assert store.list("alice")[0].pinned
+    assert store.list_artifacts("alice")[0].pinned
+    assert store.open("alice", info.id).info.n_rows == 4
+    store.unpin("alice", info.id)
+    with pytest.raises(errors.NotFound):
+        store.open("alice", info.id)
+    assert store.sweep() == 1
+    assert [a.id for a in store.list_artifacts("alice")] == [artifact]
+    store.delete("alice", artifact)
+    assert store.usage("alice") == 0
+
+
+@pytest.mark.parametrize("verb", [Store.pin, Store.unpin])
+def test_only_the_owner_pins(store: Store, clock: Clock, verb: Callable[[Store, str, str], None]) -> None:
+    foreign, dead = kept(store, "bob").id, kept(store, ttl_s=5.0).id
+    clock.now_s += 5
+    for name in (foreign, dead, *MALFORMED):
+        with pytest.raises(errors.NotFound):
+            verb(store, "alice", name)
+    assert not store.list("bob")[0].pinned
 
 
 @pytest.mark.parametrize("ttl_s", [0, -1.0, float("nan"), float("inf")])

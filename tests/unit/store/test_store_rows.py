@@ -236,7 +236,14 @@ def test_vectors_that_do_not_fit_are_refused_whole(store: Store, name: str, path
         ("bad_value", "prompt", [0.5, 1.0]),
         ("bad_value", "phase", ["prompt", "sample"]),
         ("bad_value", "token", ["a", 5]),
-        ("bad_value", "label", ["a", "b"]),
+        ("bad_value", "label", [1, "b"]),
+        ("bad_value", "label", [0.5, float("nan")]),
+        ("bad_value", "labels", {"token": [1, 2]}),
+        ("bad_value", "labels", {"Not a name": [1, 2]}),
+        ("rows_mismatch", "role", ["user"]),
+        ("bad_value", "role", ["user", 3]),
+        ("bad_value", "prompt", [0, 1 << 40]),
+        ("bad_value", "position", [0, 1 << 24]),
     ],
 )
 def test_row_tables_are_checked(name: str, column: str, values: Any) -> None:

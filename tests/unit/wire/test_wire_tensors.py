@@ -106,13 +106,13 @@ CASES: list[tuple[str, bytes, str]] = [
 
 @pytest.mark.parametrize(("raw", "code"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
 def test_every_other_frame_is_refused_quickly(raw: bytes, code: str) -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(errors.BadRequest) as caught:
         tensors.unpack(raw)
     assert caught.value.code == code
     assert caught.value.next_step
     assert len(caught.value.reason) < 300
-    assert time.perf_counter() - started < 0.2
+    assert time.thread_time() - started < 0.2
 
 
 def test_refusals_name_vector_value_and_index() -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from trocar import __version__
+from trocar.cli import machine
 from trocar.cli.demo.tour import Taken
 from trocar.client.notebook import bits_text
 from trocar.graph.facts import ModelFacts
@@ -50,16 +48,10 @@ def as_json(taken: Sequence[Taken], model: ModelFacts) -> str:
     about = {
         "model": model.name,
         "fingerprint": model.fingerprint,
-        "machine": machine(),
+        "machine": machine.described(),
         "chapters": chapters,
     }
     return json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-
-
-def machine() -> str:
-    """Where it ran, in one line."""
-    python = platform.python_version()
-    return f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, Python {python}, Trocar {__version__}"
 
 
 def _cost(taken: Taken) -> str:
@@ -100,7 +92,7 @@ def _provenance(model: ModelFacts, seconds: float) -> Section:
         {"what": "model", "value": model.name},
         {"what": "fingerprint", "value": model.fingerprint},
         {"what": "dtype", "value": model.dtype},
-        {"what": "machine", "value": machine()},
+        {"what": "machine", "value": machine.described()},
         {"what": "wall time", "value": f"{seconds:.0f} s, server start included"},
     ]
     return Section("What ran", (), (), rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import torch
@@ -20,7 +21,7 @@ from trocar.engine.hf.schedule import Chunk, Limits, Scheduler
 from trocar.engine.hf.sequences import Live, cancelled
 from trocar.engine.hf.stack import Stack
 from trocar.engine.hf.step import Body, Pass
-from trocar.engine.hf.validate import validate_packing
+from trocar.engine.hf.validate import takes_steps, validate_packing
 from trocar.engine.protocol import EngineStats, Task, TaskResult
 from trocar.engine.readout import Readout
 from trocar.graph.facts import ModelFacts
@@ -33,22 +34,29 @@ __all__ = ["HFEngine", "Limits"]
 class HFEngine:
     """The embedded engine. Thread-safe; `close()` stops its thread.
 
+    Args:
+        give_up: ends the process, where one may be ended: called when the engine takes no steps any more, before
+            anybody who waits hears of it. Without it the engine goes on with what still works.
+
     Raises:
         RunFailed: `model_unsupported` when packed rows do not give what the model gives on its own.
     """
 
     name = "hf"
 
-    def __init__(self, loaded: Loaded, limits: Limits | None = None) -> None:
+    def __init__(
+        self, loaded: Loaded, limits: Limits | None = None, give_up: Callable[[], None] | None = None
+    ) -> None:
         self._limits = limits or Limits()
-        self._body, shape = _body(loaded)
-        self._facts = validate_packing(loaded, self._body, shape)
-        kv = KV(shape, self._limits.tokens_of(shape))
+        self._give_up = give_up
+        self._body, self._shape = _body(loaded)
+        self._facts = validate_packing(loaded, self._body, self._shape)
+        kv = KV(self._shape, self._limits.tokens_of(self._shape))
         self._scheduler = Scheduler(self._limits, kv, PrefixCache(kv, kv.limit_tokens // 4))
         self._wake = threading.Condition()
         self._closing = False
         self._over = False
-        self._forwards = self._tokens = self._done = self._most = 0
+        self._forwards = self._tokens = self._done = self._most = self._failed = 0
         self._between_s, self._last_s = 1.0, time.monotonic()
         self._thread = threading.Thread(target=self._loop, name="trocar-engine", daemon=True)
         self._thread.start()
@@ -139,6 +147,11 @@ class HFEngine:
         try:
             while self._serve():
                 pass
+        except BaseException:
+            if self._give_up is not None:
+                log.critical("the engine's thread has ended", exc_info=True)
+                self._give_up()
+            raise
         finally:  # whatever ends this thread, nobody waits for it for ever
             self._abandon()
 
@@ -170,11 +183,24 @@ class HFEngine:
                 step.run()
         except Exception:  # one step is lost, the engine is not
             log.exception("a step failed")
+            self._require_steps()
             for live in owners.values():
                 live.run.fail(errors.refuse("internal", "", "the step could not be run"))
         self._forwards += 1
         self._tokens += sum(c.count for c in chunks)
         self._most = max(self._most, len(owners))
+
+    def _require_steps(self) -> None:
+        """Gives up when a step that nobody asked for fails too.
+
+        Without memory oneDNN fails to prepare a product once and then, for every new number of rows, for ever.
+        """
+        if self._give_up is None:
+            return
+        self._failed += 1
+        if not takes_steps(self._body, self._shape, self._limits.step_tokens + self._failed):
+            log.critical("the engine takes no steps any more")
+            self._give_up()
 
     def _drop_failed(self) -> None:
         for live in [x for x in self._scheduler.live.values() if x.run.failed is not None]:

@@ -1,4 +1,5 @@
-"""Finds out when the engine starts whether packed rows give what the model gives on its own.
+"""Finds out when the engine starts whether packed rows give what the model gives on its own; and after a step that
+failed, whether it can take another.
 
 Two prompts of different lengths run alone and unpacked through the model's own attention, then packed: whole,
 in chunks and token by token beside each other. When the last rows differ, packing would be silently wrong for this
@@ -8,6 +9,7 @@ must weigh the values to the heads' outputs.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -21,7 +23,9 @@ from trocar.graph.facts import ModelFacts
 from trocar.models.load import Loaded
 from trocar.sites import SITES
 
+log = logging.getLogger(__name__)
 LENGTHS = (13, 6)
+PIECE = 32
 TOLERANCE = 2e-4
 """Largest relative error of a row after all layers, float32: kernels of different shapes round differently."""
 
@@ -60,6 +64,20 @@ def validate_packing(loaded: Loaded, body: Body, shape: KVShape) -> ModelFacts:
     if not weigh.sound:
         raise errors.refuse("model_unsupported", "model", "its attention patterns do not sum to one")
     return _with_patterns(loaded.facts)
+
+
+@torch.inference_mode()
+def takes_steps(body: Body, shape: KVShape, rows: int) -> bool:
+    """Whether a step of so many rows goes through the model, whatever it gives; a number of rows that was never fed
+    before finds what fails for new ones only."""
+    prompts = [[1] * min(PIECE, rows - first) for first in range(0, rows, PIECE)]
+    kv = KV(shape, 1 << 20)
+    try:
+        _one_pass(body, [kv.take(len(p)) for p in prompts], list(enumerate(prompts)), 0, None)
+    except Exception:
+        log.exception("a step of %d rows failed", rows)
+        return False
+    return True
 
 
 def _with_patterns(facts: ModelFacts) -> ModelFacts:

@@ -38,10 +38,14 @@ class Bearer:
 
 
 class Front:
-    """Calls the gate at `path`; safe to share between threads."""
+    """Calls the gate at `path`; safe to share between threads.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    Args:
+        gate_uid: the user that runs the gate; the own one when None.
+    """
+
+    def __init__(self, path: Path, gate_uid: int | None = None) -> None:
+        self._path, self._gate_uid = path, gate_uid
         self._idle: list[Stream] = []
         self._turn = threading.Lock()
 
@@ -185,7 +189,9 @@ class Front:
             else:
                 return self._answer(kept)
         try:
-            stream = Stream(connect(self._path), frames.at_most(answer=calls.MOST_ANSWER_BYTES))
+            stream = Stream(
+                connect(self._path, self._gate_uid), frames.at_most(answer=calls.MOST_ANSWER_BYTES)
+            )
         except OSError:
             raise _away() from None
         try:

@@ -75,10 +75,13 @@ class Line:
     Args:
         hello: the facts by which the gate checks; a worker that has others is refused.
         alarm: told why a worker is not to be trusted, before anybody else learns of it.
+        worker_uid: the user that runs the worker; the own one when None.
     """
 
-    def __init__(self, path: Path, hello: Hello, alarm: Callable[[str], None]) -> None:
-        self._path, self._hello, self._alarm = path, hello, alarm
+    def __init__(
+        self, path: Path, hello: Hello, alarm: Callable[[str], None], worker_uid: int | None = None
+    ) -> None:
+        self._path, self._hello, self._alarm, self._worker_uid = path, hello, alarm, worker_uid
         self._changed = threading.Condition()
         self._stream: Stream | None = None
         self._open: dict[int, Open] = {}
@@ -86,14 +89,14 @@ class Line:
         self._owed: list[bytes] = []
         self._halting = self._closed = False
         self._distrusted = ""
-        self._other = False
+        self._other = ""
         self._suspects = Suspects()
         self._thread = threading.Thread(target=self._keep, name="trocar-line", daemon=True)
         self._thread.start()
 
     @property
     def _over(self) -> bool:
-        return self._other or bool(self._distrusted)
+        return bool(self._other or self._distrusted)
 
     @property
     def distrusted(self) -> str:
@@ -105,7 +108,7 @@ class Line:
 
         Raises:
             Overloaded: `worker_lost`.
-            RunFailed: `checksum_mismatch` when it has other models than the hello says.
+            RunFailed: `checksum_mismatch` or `network_open` when it has other models than the hello says, or a network.
             ServerFault: `bad_result` when it was one that is not to be trusted.
         """
         with self._changed:
@@ -115,6 +118,8 @@ class Line:
     def _require(self) -> Stream:
         if self._stream is not None:
             return self._stream
+        if self._other == "network":
+            raise errors.refuse("network_open", "--network", "the worker is in the machine's network")
         if self._other:
             reason = "the worker's models are not those whose facts were pinned"
             raise errors.refuse("checksum_mismatch", "model", reason, next_step=_REPIN)
@@ -196,7 +201,7 @@ class Line:
     def _keep(self) -> None:
         while not (self._closed or self._over):
             try:
-                stream = Stream(connect(self._path), self._allow)
+                stream = Stream(connect(self._path, self._worker_uid), self._allow)
             except OSError:
                 time.sleep(RETRY_S)
                 continue
@@ -214,13 +219,15 @@ class Line:
         body = self._hello.model_dump_json().encode()
         with self._changed:
             self._last += 1
-            hello = Open(Errand(Kind.hello, body, 0), self._last)
+            hello = Open(Errand(Kind.hello, body, 0, orders.GREETED), self._last)
             self._open[hello.number] = hello
         stream.put(Head(Kind.hello, hello.number, len(body)), body)
         self._take(stream.receive(HELLO_S))
-        if hello.result.exception() is not None:
-            self._other = True  # a new version, or other files: nothing was run, and nobody is accused
-            raise Lost("the worker has other models")
+        refused = hello.result.exception()
+        if isinstance(refused, errors.TrocarError):
+            # a new version, or other files: nothing was run, and nobody is accused
+            self._other = refused.path or "model"
+            raise Lost(f"the worker has another {self._other}")
         with self._changed:
             owed, self._owed = self._owed, []
             self._stream = stream
@@ -246,7 +253,7 @@ class Line:
             code, path = orders.unpack_fault(frame.body, entry.errand.nodes)
         with self._changed:
             del self._open[frame.head.number]
-        if entry.errand.request is not None:
+        if entry.errand.request is not None and frame.head.status is Status.done:
             self._suspects.survived(entry.errand.request)
         if entry.given_up:
             return

@@ -1,7 +1,8 @@
 """Which requests ran when a worker died: one that did so twice within an hour is not run again.
 
-Several requests run at once, and nobody can tell which of them did it; one that comes through is no suspect any
-more, so only a request that is there at every death stays one.
+Several requests run at once, and nobody can tell which of them did it; one that comes through with a result is no
+suspect any more, so only a request that is there at every death stays one. A fault proves nothing: what takes all
+memory ends a worker at one time and fails at another.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Suspects:
                 del self._deaths[next(iter(self._deaths))]
 
     def survived(self, request: str) -> None:
-        """A worker came back from it."""
+        """A worker came back from it with a result."""
         with self._turn:
             self._deaths.pop(request, None)
 

@@ -68,10 +68,12 @@ class Bench:
 
     Attributes:
         problems: broken invariants of what the models share.
+        alone: whether this process has no network.
     """
 
     models: Mapping[str, Model]
     problems: Callable[[], list[str]]
+    alone: bool = False
 
     def serve(self, listener: socket.socket) -> None:
         """Serves one gate after another until the listener is closed."""
@@ -133,26 +135,37 @@ class Visit:
         pool.submit(self._do, work, frame, wanted)
 
     def _do(self, work: Work, frame: Frame, wanted: Wanted) -> None:
-        status, body = Status.done, b""
         try:
-            body = work(self, frame.body, wanted)
+            status, body = self._done(work, frame, wanted)
+            with suppress(Lost):
+                self.stream.put(Head(Kind.result, frame.head.number, len(body), status), body)
+        except BaseException:  # no memory even for the answer: a gate must not wait for it for ever
+            self.stream.close()
+            log.critical("order %d could not be answered", frame.head.number, exc_info=True)
+        finally:
+            del self.running[frame.head.number]
+
+    def _done(self, work: Work, frame: Frame, wanted: Wanted) -> tuple[Status, bytes]:
+        try:
+            return Status.done, work(self, frame.body, wanted)
         except errors.TrocarError as e:
             log.warning("order %d: %s", frame.head.number, e.code)
-            status, body = Status.fault, orders.pack_fault(e.code, None)
+            return Status.fault, orders.pack_fault(e.code, None)
         except _AtNode as e:
-            status, body = Status.fault, orders.pack_fault(e.code, e.node)
+            return Status.fault, orders.pack_fault(e.code, e.node)
         except Exception:
             log.exception("order %d failed", frame.head.number)
-            status, body = Status.fault, orders.pack_fault("internal", None)
-        with suppress(Lost):
-            self.stream.put(Head(Kind.result, frame.head.number, len(body), status), body)
-        del self.running[frame.head.number]
+            return Status.fault, orders.pack_fault("internal", None)
 
     # ---- one method per kind of order ----
 
     def hello(self, body: bytes, _watch: Watch) -> bytes:
         """Takes the gate's facts over: both sides must check programs by the very same numbers."""
-        for pinned in orders.read(Hello, body).models:
+        hello = orders.read(Hello, body)
+        if hello.network == "closed" and not self.bench.alone:
+            log.error("the gate says that this process has no network, and it has")
+            raise _AtNode("internal", orders.GREETED.index("network"))
+        for pinned in hello.models:
             mine = self._model(pinned.facts.name)
             if not same(pinned, _pinned(mine)):
                 log.error("model %s: its facts are not those that were pinned", pinned.facts.name)

@@ -23,23 +23,29 @@ def open_bench(
     step_tokens: int | None = None,
     kv_bytes: int | None = None,
     tenant_bytes: int | None = None,
+    alone: bool = False,
+    give_up: Callable[[], None] | None = None,
 ) -> Bench:
     """Loads the models and opens the store.
 
     Args:
         undo: closes both.
+        alone: whether this process has no network.
+        give_up: ends the process when an engine takes no steps any more.
 
     Raises:
         NotFound, RunFailed: as `models.load`.
     """
     opened = Store(store, quota_bytes=tenant_bytes)
     undo.callback(opened.close)
-    engines = open_engines(refs, undo, threads=threads, step_tokens=step_tokens, kv_bytes=kv_bytes)
-    return bench_of(engines, opened)
+    engines = open_engines(
+        refs, undo, threads=threads, step_tokens=step_tokens, kv_bytes=kv_bytes, give_up=give_up
+    )
+    return bench_of(engines, opened, alone=alone)
 
 
-def bench_of(engines: Sequence[tuple[Loaded, Engine]], store: Store) -> Bench:
+def bench_of(engines: Sequence[tuple[Loaded, Engine]], store: Store, *, alone: bool = False) -> Bench:
     """A bench around engines that run already."""
     models = {loaded.facts.name: local(loaded, engine, store) for loaded, engine in engines}
     problems: Callable[[], list[str]] = store.check
-    return Bench(models, problems)
+    return Bench(models, problems, alone)
