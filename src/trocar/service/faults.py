@@ -1,13 +1,15 @@
 """Faults of a worker in our own words: a code from a short list, and which part of the request it is about.
 
 Whoever holds secret weights could write them into the text of an error, its path, or how long to wait. So of a
-fault only its code survives, one of sixteen at most, and a path that is a name in the caller's own program; both
-fit into the overhead that was charged. Words and waiting times are those of the table of codes. Models with open
-weights have nothing to hide, and keep the words of the engine, which say more.
+fault only its code survives, one of twenty at most, and a path that is a name in the caller's own program; both
+fit into the overhead that was charged. Sixteen of them a worker may name, in this process as in another
+(`wire.orders.FAULTS`); the others are said of a worker by whoever waits for it. Words and waiting times are those of
+the table of codes. Models with open weights have nothing to hide, and keep the words of the engine, which say more.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -15,16 +17,14 @@ from typing import Final
 from trocar import errors
 from trocar.codes import CODES
 from trocar.graph.facts import ModelFacts
+from trocar.wire.orders import FAULTS
 
 RETRY_S: Final = 1.0
-KNOWN: Final = frozenset(
-    {
-        "cancelled", "disk_full", "edit_missed", "edit_not_finite", "fit_not_converged", "handle_incomplete",
-        "handle_not_found", "bad_result", "internal", "queue_full", "result_not_finite", "rows_not_finite",
-        "store_damaged", "too_few_rows", "rows_mismatch",
-    }
-)  # fmt: skip
+OF_A_WORKER: Final = ("bad_result", "worker_lost", "quarantined", "too_large")
+"""What our own side says of a worker in another process, or instead of asking it."""
+KNOWN: Final = frozenset((*FAULTS, *OF_A_WORKER))
 """Codes that may leave; any other is `internal`."""
+_NODE: Final = re.compile(r"program\.nodes\[([0-9]{1,6})\]")
 
 
 @contextmanager
@@ -45,8 +45,13 @@ def reworded(facts: ModelFacts, names: frozenset[str]) -> Iterator[None]:
 def _ours(fault: errors.TrocarError, names: frozenset[str]) -> errors.TrocarError:
     first = fault.refusals[0]
     code = first.code if first.code in KNOWN else "internal"
-    path = first.path if first.path in names else ""
-    said = errors.refuse(code, path, CODES[code].summary)
+    said = errors.refuse(code, _place(first.path, names), CODES[code].summary)
     if isinstance(said, errors.Overloaded):
         said.retry_after_s = int(RETRY_S)
     return said
+
+
+def _place(path: str, names: frozenset[str]) -> str:
+    """A name of the caller's, or the place of one, as a worker in another process counts them; else nothing."""
+    place = _NODE.fullmatch(path)
+    return path if path in names or (place and int(place[1]) < len(names)) else ""

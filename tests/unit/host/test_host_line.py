@@ -8,6 +8,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from host_parts import WAIT_S, Peer, Three, folder, three, until
 
 from trocar.errors import TrocarError
 from trocar.gate.gate import Gate
+from trocar.gate.policy import Role, Tier
 from trocar.host.gate import house, remote, suspects
 from trocar.host.gate import line as lines
 from trocar.service.service import Service
@@ -326,6 +328,35 @@ def test_a_request_that_fails_between_two_deaths_stays_a_suspect(host: Three, pe
             peer.accept()
             host.line.wait(WAIT_S)
     assert ending(host, start(host, prompt="poison")).code == "quarantined"
+
+
+def test_of_a_secret_the_gate_tells_the_same_of_a_worker(tiny_of: Callable[..., Any]) -> None:
+    """What the gate itself says of a worker is no word of the worker's, and a place is one of the program."""
+    secret = tiny_of("tiny", open_weights=False, weight_bits=10**12)
+    with three(secret, fake=True) as made:
+        key = made.gate.keys.create("ada", Tier.trusted, Role.researcher).secret
+        host = replace(made, keys={**made.keys, "ada": key})
+        peer = Peer(host.root / "w")
+        peer.accept()
+        host.line.wait(WAIT_S)
+        job = start(host, who="ada")
+        peer.answer(peer.next(Kind.run).head.number, orders.pack_fault("edit_not_finite", 0), Status.fault)
+        error = ending(host, job, "ada")
+        assert (error.code, error.path) == ("edit_not_finite", "program.nodes[0]")
+        for _ in range(2):
+            job = start(host, who="ada")
+            peer.next(Kind.run)
+            peer.cut()
+            error = ending(host, job, "ada")
+            assert (error.code, error.retryable) == ("worker_lost", True)
+            peer.accept()
+            host.line.wait(WAIT_S)
+        assert ending(host, start(host, who="ada"), "ada").code == "quarantined"
+        job = start(host, who="ada", prompt="other")
+        peer.answer(peer.next(Kind.run).head.number, GOOD + b"more")
+        assert ending(host, job, "ada").code == "bad_result"
+        assert host.frozen("tiny")
+        peer.close()
 
 
 def test_suspects_are_forgotten_after_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
