@@ -42,6 +42,7 @@ class Code:
 # fmt: off
 TABLE: Final[tuple[Code, ...]] = (
     # reading a request
+    Code("bad_http", "BadRequest", "What was sent is not an HTTP request.", "Send HTTP/1.1, or let a library do it."),
     Code("bad_json", "BadRequest", "The body is not JSON.", "Send UTF-8 JSON, or a Trocar frame made by the SDK."),
     Code("bad_frame", "BadRequest", "The body is not a Trocar frame.",
          "Use trocar.wire.tensors.pack to make the frame."),

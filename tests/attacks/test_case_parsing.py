@@ -9,9 +9,11 @@ import time
 import zlib
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from case_process import Running
 from case_room import (
     FRAME,
     JSON,
@@ -27,7 +29,7 @@ from case_room import (
     steer,
     vector,
 )
-from http_room import TEXT, Caller, capture, edit, read, request
+from http_room import TEXT, Caller, Heard, capture, edit, read, request
 
 from trocar import strict
 from trocar.api.app import MAX_BODY_BYTES
@@ -221,6 +223,30 @@ def test_case_08_ids_of_ten_megabytes_and_no_text_at_all(world: World) -> None:
         b"",
     ):
         world.refuses_raw(raw, "bad_json")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\0\xff" * 50 + b"\r\n\r\n",
+        b"GET /v1/\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /v1/models HTTP/1.1\r\nHost: x\r\nsecret\0: 1\r\n\r\n",
+        b"GET /v1/models HTTP/9\r\nHost: x\r\n\r\n",
+        b"POST /v1/runs HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03secret\r\n\r\n",
+    ],
+)
+def test_case_08_bytes_that_are_no_http(live: Running, raw: bytes) -> None:
+    """What never becomes a request is refused as one: a code, an id, nothing of the server and nothing of what came."""
+    head, _, body = live.talk(raw).partition(b"\r\n\r\n")
+    names = {line.partition(b":")[0].lower() for line in head.splitlines()[1:]}
+    assert head.split()[1] == b"400"
+    assert names == {b"content-length", b"content-type", b"x-request-id", b"cache-control", b"x-content-type-options",
+                     b"connection"}  # fmt: skip
+    heard = Heard(400, httpx.Headers(), body)
+    assert codes(heard) == ["bad_http"]
+    clean(heard, "secret", "uvicorn", "h11")
+    assert live.healthy()
 
 
 @pytest.mark.parametrize("handle", ["act_" + "0" * 31, "act_" + "0" * 32 + "\n", "act_" + "G" * 32, "..", "/etc/passwd",

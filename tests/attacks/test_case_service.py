@@ -20,6 +20,7 @@ from case_room import LOGPROBS, World, clean, codes, fastest_s, mint, numbers
 from http_room import TEXT, Caller, capture, read, request
 
 SOON_S = 10.0
+LEFT_S = 10.0  # a third of what they had asked for
 
 
 def latencies(live: Running, times: int = 100) -> list[float]:
@@ -306,18 +307,18 @@ def test_case_61_reconnects(live: Running) -> None:
 
 
 @contextlib.contextmanager
-def polling(live: Running, count: int) -> Iterator[None]:
-    """Long polls of one tenant on a run that takes long."""
+def polling(live: Running, count: int) -> Iterator[tuple[str, list[socket.socket]]]:
+    """Long polls of one tenant on a run that takes long; gives its job, and their sockets."""
     body = request(TEXT, prompts=["x"] * 2000, max_new_tokens=200, stop_at_eos=False)
     with live.http("mallory") as http:
-        job = http.post("/v1/runs", json=body).json()["job"]
+        job: str = http.post("/v1/runs", json=body).json()["job"]
         ask = (f"GET /v1/jobs/{job}/result?wait_s=30 HTTP/1.1\r\nHost: x\r\n"
                f"Authorization: Bearer {live.keys['mallory']}\r\n\r\n").encode()  # fmt: skip
         try:
-            with sockets(live, count, ask):
+            with sockets(live, count, ask) as wires:
                 time.sleep(0.5)
                 _settles(live.healthy, 30)  # those of too many that are refused take a moment
-                yield
+                yield job, wires
         finally:
             _settles(lambda: http.delete(f"/v1/jobs/{job}").status_code == 200, 60)
             _settles(lambda: http.get(f"/v1/jobs/{job}").json()["state"] == "CANCELLED", 60)
@@ -333,6 +334,16 @@ def test_case_61_more_long_polls_than_places(live: Running) -> None:
     """A tenant who waits three hundred times over is refused some of it; the others are not."""
     with polling(live, 300):
         assert p99_s(latencies(live, 10)) < 5
+
+
+def test_case_61_long_polls_that_are_left(live: Running) -> None:
+    """Three hundred clients who hang up wait no longer: their tenant may wait again long before their time is over."""
+    with polling(live, 300) as (job, wires), live.http("mallory") as http:
+        ask = lambda: http.get(f"/v1/jobs/{job}/result?wait_s=2").status_code  # noqa: E731
+        assert ask() == 503  # all places of the tenant are taken
+        for wire in wires:
+            wire.close()
+        _settles(lambda: ask() == 202, LEFT_S)
 
 
 def test_case_61_no_other_way_in(live: Running) -> None:

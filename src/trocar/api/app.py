@@ -8,7 +8,6 @@ that turns one into a response, and nothing else here makes responses.
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Annotated, Any, Final, TypeVar
@@ -19,10 +18,10 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trocar import __version__, errors, strict
 from trocar.api import openapi, waiting
+from trocar.api.middleware import MOST_REQUESTS, Places, RequestId
 from trocar.api.verbs import Verbs
 from trocar.gate import release
 from trocar.gate.release import Released
@@ -292,20 +291,8 @@ async def engine(request: Request, caller: Caller) -> Response:
     return await _off_loop(request, _service(request).engine, caller)
 
 
-class RequestId:
-    """Gives every request an id of our own; what a client sends in `x-request-id` is ignored."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            scope.setdefault("state", {})["request_id"] = f"req_{secrets.token_hex(12)}"
-        await self._app(scope, receive, send)
-
-
-def create_app(service: Verbs) -> FastAPI:
-    """Builds the application around a service."""
+def create_app(service: Verbs, *, most_requests: int = MOST_REQUESTS) -> FastAPI:
+    """Builds the application around a service, which answers `most_requests` at once."""
     app = FastAPI(
         title="Trocar",
         version=__version__,
@@ -319,6 +306,7 @@ def create_app(service: Verbs) -> FastAPI:
     app.state.service = service
     app.state.waiters = CapacityLimiter(WAITERS)
     app.include_router(router)
+    app.add_middleware(Places, most=most_requests, told=told)
     app.add_middleware(RequestId)
     app.add_exception_handler(errors.TrocarError, _on_refusal)
     app.add_exception_handler(HTTPException, _on_http)
@@ -381,7 +369,11 @@ async def _on_fault(request: Request, error: Exception) -> Response:
 
 
 def _refused(request: Request, error: errors.TrocarError) -> Response:
-    request_id: str = request.state.request_id
+    return told(error, request.state.request_id)
+
+
+def told(error: errors.TrocarError, request_id: str) -> Response:
+    """What refuses a request."""
     named = type(error)(error.refusals, request_id)
     named.retry_after_s = error.retry_after_s
     return answer(release.refused(named), request_id)

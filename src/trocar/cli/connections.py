@@ -1,9 +1,9 @@
 """One HTTP connection with deadlines and a place that must be earned: nobody keeps others out by doing nothing.
 
 A request's head must arrive within `HEAD_S`, its body within `BODY_S` more, and the client must take what is sent
-to it within `SEND_S`; otherwise the connection ends. The limit of concurrency counts requests, not sockets. There
-may be many more sockets, and when there are too many, those that have been without a request for longest end. This
-module knows nothing of routes, keys or tenants: what a caller with a key may do at once is decided above.
+to it within `SEND_S`; otherwise the connection ends. When there are too many sockets, those that have been without
+a request for longest end. This module knows nothing of routes, keys or tenants: how many requests are answered at
+once, and what a caller with a key may do, is decided above.
 """
 
 from __future__ import annotations
@@ -13,12 +13,19 @@ import resource
 import time
 from typing import Final
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from trocar import errors
+from trocar.api.app import told
+from trocar.api.middleware import new_request_id
 
 HEAD_S: Final = 10.0
 BODY_S: Final = 60.0
 SEND_S: Final = 60.0
 LINGER_S: Final = 1.0
+HEADER_BYTES: Final = 32 << 10
+NO_HTTP: Final = f"these bytes are no HTTP/1.1 request, or its head is longer than {HEADER_BYTES} bytes"
 SOCKETS: Final = min(2048, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
@@ -28,17 +35,6 @@ class Connection(H11Protocol):
     _deadline: asyncio.TimerHandle | None = None
     _sending: asyncio.TimerHandle | None = None
     _idle_since_s: float = 0.0
-    _most_requests: int | None = None
-
-    @property
-    def limit_concurrency(self) -> int | None:
-        """What uvicorn compares its number of connections with: nothing, until too many requests are in progress."""
-        full = self._most_requests is not None and len(self.tasks) >= self._most_requests
-        return 0 if full else None
-
-    @limit_concurrency.setter
-    def limit_concurrency(self, value: int | None) -> None:
-        self._most_requests = value
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -79,6 +75,16 @@ class Connection(H11Protocol):
             self._sending.cancel()
             self._sending = None
         super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses what h11 cannot read, in our words and not in uvicorn's."""
+        if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:  # else an answer is on its way
+            refused = told(errors.refuse("bad_http", "", NO_HTTP), new_request_id())
+            headers = [*refused.raw_headers, (b"connection", b"close")]
+            begin = h11.Response(status_code=refused.status_code, headers=headers, reason=b"Bad Request")
+            for event in (begin, h11.Data(data=bytes(refused.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     @property
     def is_idle(self) -> bool:

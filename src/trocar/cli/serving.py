@@ -22,15 +22,14 @@ import uvicorn
 from anyio import to_thread
 from starlette.types import ASGIApp
 
+from trocar.api.middleware import MOST_REQUESTS
 from trocar.cli.address import Address
-from trocar.cli.connections import Connection
+from trocar.cli.connections import HEADER_BYTES, Connection
 from trocar.cli.reload import reread
 
 GRACE_S: Final = 4.5
 DRAIN_S: Final = 2
-CONNECTIONS: Final = 256
 KEEP_ALIVE_S: Final = 15
-HEADER_BYTES: Final = 32 << 10
 LATE: Final = "stopped before the running batch or fit ended: the next start charges what it held"
 
 
@@ -79,7 +78,7 @@ class HttpServer(uvicorn.Server):
         await super().startup(sockets)
         self._served.settle()
         # a request that waits for its job keeps a thread; with the default of 40, 40 of them stop everybody
-        to_thread.current_default_thread_limiter().total_tokens = CONNECTIONS
+        to_thread.current_default_thread_limiter().total_tokens = MOST_REQUESTS
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -112,7 +111,6 @@ def _config(served: Served, log_level: str) -> uvicorn.Config:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=DRAIN_S,
         h11_max_incomplete_event_size=HEADER_BYTES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import uvicorn
 
+from trocar.api.app import told
+from trocar.api.middleware import Places, RequestId
 from trocar.cli import connections
 from trocar.cli.connections import Connection
 
@@ -158,44 +161,109 @@ def test_the_longest_idle_gives_its_place(monkeypatch: pytest.MonkeyPatch) -> No
     assert said.startswith(b"HTTP/1.1 200")
 
 
+def refusal(said: bytes) -> tuple[int, dict[str, Any]]:
+    """Status and the one refusal of a whole answer, which has the form of all of them."""
+    head, _, body = said.partition(b"\r\n\r\n")
+    first, *lines = head.split(b"\r\n")
+    headers = {k.lower(): v.strip() for k, _, v in (line.partition(b":") for line in lines)}
+    assert headers[b"content-type"] == b"application/json"
+    assert int(headers[b"content-length"]) == len(body)
+    error = json.loads(body)["error"]
+    assert error["request_id"].encode() == headers[b"x-request-id"]
+    [found] = error["refusals"]
+    assert set(found) == {"code", "path", "reason", "next_step", "closest", "docs"}
+    return int(first.split()[1]), found
+
+
 def test_the_limit_counts_requests_and_not_sockets() -> None:
     async def go() -> list[bytes]:
         held = asyncio.Event()
-        async with serving(app(held=held), limit_concurrency=2) as dial:
+        async with serving(RequestId(Places(app(held=held), 2, told))) as dial:
             idle = [await dial() for _ in range(5)]
             asking = [await dial() for _ in range(3)]
             for _, out in asking:
                 out.write(GET)
                 await asyncio.sleep(0.05)
+            refused = await asyncio.wait_for(asking[2][0].readuntil(b"}]}}"), 5)
             held.set()
-            said = [await asyncio.wait_for(reader.readline(), 5) for reader, _ in asking]
+            said = [await asyncio.wait_for(reader.readuntil(b"xx"), 5) for reader, _ in asking[:2]]
+            asking[2][1].write(GET)  # the same connection, when there is room
+            said.append(await asyncio.wait_for(asking[2][0].readuntil(b"xx"), 5))
             for _, out in (*idle, *asking):
                 out.close()
-            return said
+            return [refused, *said]
 
-    said = asyncio.run(go())
-    assert [s.split()[1] for s in said] == [b"200", b"200", b"503"]
+    refused, *said = asyncio.run(go())
+    assert [s.split()[1] for s in said] == [b"200"] * 3
+    status, found = refusal(refused)
+    assert (status, found["code"]) == (503, "queue_full")
+    assert b"\r\nretry-after: 1\r\n" in refused
 
 
 @pytest.mark.parametrize(
-    ("sent", "status", "body"),
-    [(b"no http\r\n\r\n", b"400", b"Invalid HTTP request received."), (GET, b"503", b"Service Unavailable")],
+    "sent",
+    [
+        b"no http\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(200)),
+        b"GET /secret HTTP/1.1\r\nHost x\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"secret" * 20_000,
+        POST.replace(b"9", b"nine"),
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nsecret\r\n",
+    ],
 )
-def test_what_is_answered_below_the_application_is_plain_text(
-    sent: bytes, status: bytes, body: bytes
-) -> None:
-    """As docs/api.md says: no JSON, nothing of the request, and the connection ends."""
+def test_what_is_no_http_is_refused_like_everything_else(sent: bytes) -> None:
+    """Nothing of it is repeated, and the connection ends."""
 
     async def go() -> bytes:
-        async with serving(app(), limit_concurrency=0) as dial:
+        async with serving(app(reads=True), h11_max_incomplete_event_size=connections.HEADER_BYTES) as dial:
             reader, writer = await dial()
             writer.write(sent)
             said = await _said(reader, 5)
             writer.close()
             return said
 
-    head, _, rest = asyncio.run(go()).partition(b"\r\n\r\n")
-    assert head.split()[1] == status
-    assert b"content-type: text/plain" in head.lower()
-    assert b"connection: close" in head.lower()
-    assert body in rest
+    said = asyncio.run(go())
+    status, found = refusal(said)
+    assert (status, found["code"], found["path"]) == (400, "bad_http", "")
+    assert b"\r\nconnection: close\r\n" in said
+    assert b"secret" not in said
+
+
+def test_what_is_no_http_behind_the_beginning_of_an_answer_ends_it(caplog: pytest.LogCaptureFixture) -> None:
+    """There is no place left for a refusal."""
+
+    async def begins(_scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
+        await send({"type": "http.response.body", "body": b"x", "more_body": True})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def go() -> bytes:
+        async with serving(begins) as dial:
+            reader, writer = await dial()
+            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+            begun = await asyncio.wait_for(reader.readuntil(b"x"), 5)
+            writer.write(b"secret\r\n")
+            said = await _said(reader, 5)
+            writer.close()
+            return begun + said
+
+    said = asyncio.run(go())
+    assert said.count(b"HTTP/1.1") == 1
+    assert said.endswith(b"\r\n\r\nx")
+    assert "Traceback" not in caplog.text
+
+
+def test_a_request_that_is_cut_off_by_a_stop_is_told() -> None:
+    async def go() -> bytes:
+        async with serving(RequestId(Places(app(held=asyncio.Event()), 2, told))) as dial:
+            reader, writer = await dial()
+            writer.write(GET)
+            await asyncio.sleep(0.1)
+        said = await _said(reader, 5)
+        writer.close()
+        return said
+
+    status, found = refusal(asyncio.run(go()))
+    assert (status, found["code"], found["reason"]) == (500, "internal", "the server is stopping")
