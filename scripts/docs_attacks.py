@@ -11,7 +11,8 @@ from trocar.cli import show
 
 RESULTS: Final = Path(__file__).resolve().parents[1] / "bench" / "results"
 MODELS: Final = ("random", "smollm2-135m-instruct")
-MARK: Final = " \\*"
+MARK: Final = "\\*"
+LEAST: Final = 1e-4
 
 
 def result(model: str) -> dict[str, Any]:
@@ -28,41 +29,64 @@ def catalogue() -> str:
 
 
 def outcomes(model: str) -> str:
-    """How each attack on a model ended, without a policy and with one."""
+    """How each attack on a model ended, without a policy and with one, and what of the budget it took."""
     found = result(model)
-    head = (
-        "attack", "off: bytes out", "weights", "error", "on: bytes out", "of the budget", "weights", "of the model",
-        "error", "floor", "ended by",
-    )  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in found["rows"]]
-    return "\n".join(lines) + "\n\n" + _about(found)
-
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    off, on = row["open"], row["secret"]
-    weighed = bool(on["attacked_weights"])
-    floor = f"{on['least_error']:.4f}" if weighed else "none"
-    return (
-        f"`{row['attack']}`" + (MARK if row["offline"] else ""),
-        show.size(-(-off["charged_bits"] // 8)),
-        _weights(row, off),
-        f"{off['error']:.1g}" if off["error"] else "0",
-        show.size(-(-on["charged_bits"] // 8)),
-        f"{100 * on['charged_bits'] / on['limit_bits']:.3g} %",
-        _weights(row, on),
-        f"{100 * on['recovered'] / on['model_weights']:.2g} %" if weighed else "none",
-        f"{on['error']:.4f}",
-        floor,
-        ", ".join(f"[`{code}`](errors/{code}.md)" for code in on["refusals"]),
+    both = ("attack", "off: bytes out", "weights", "error", "on: bytes out", "weights", "error", "floor")
+    spent = ("attack", "of the budget", "weights", "of the model", "ended by")
+    return "\n".join(
+        [
+            *_table(both, [_both(row) for row in found["rows"]]),
+            "",
+            *_table(spent, [_spent(row) for row in found["rows"]]),
+            "",
+            _about(found),
+        ]
     )
 
 
-def _weights(row: dict[str, Any], side: dict[str, Any]) -> str:
-    """Recovered of aimed at; what is no weight is named."""
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(r) + " |" for r in rows),
+    ]
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"`{row['attack']}`" + (MARK if row["offline"] else "")
+
+
+def _both(row: dict[str, Any]) -> tuple[str, ...]:
+    off, on = row["open"], row["secret"]
+    return (
+        _name(row),
+        show.size(-(-off["charged_bits"] // 8)),
+        _share(row, off),
+        "0" if not off["error"] else f"{off['error']:.1g}" if off["error"] >= LEAST else f"<{LEAST:g}",
+        show.size(-(-on["charged_bits"] // 8)),
+        _share(row, on),
+        f"{on['error']:.4f}",
+        f"{on['least_error']:.4f}" if on["attacked_weights"] else "none",
+    )
+
+
+def _share(row: dict[str, Any], side: dict[str, Any]) -> str:
+    """Weights that were recovered, of those aimed at; empty for what is no weight by itself."""
     if row["attack"] in ("hidden-dimension", "subspace"):
-        return {"hidden-dimension": "the width", "subspace": "the span"}[row["attack"]]
-    return f"{side['recovered']:,} of {side['attacked_weights']:,}"
+        return ""
+    return f"{100 * side['recovered'] / side['attacked_weights']:.3g} %"
+
+
+def _spent(row: dict[str, Any]) -> tuple[str, ...]:
+    on = row["secret"]
+    counted = bool(_share(row, on))
+    return (
+        _name(row),
+        f"{100 * on['charged_bits'] / on['limit_bits']:.3g} %",
+        f"{on['recovered']:,}" if counted else "",
+        f"{100 * on['recovered'] / on['model_weights']:.2g} %" if counted else "",
+        ", ".join(f"[`{code}`](errors/{code}.md)" for code in on["refusals"]),
+    )
 
 
 def _about(found: dict[str, Any]) -> str:
