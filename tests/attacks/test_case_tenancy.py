@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import re
 import secrets
 import sys
 import threading
@@ -93,16 +94,23 @@ def test_case_28_one_bucket_of_time(world: World) -> None:
 def alike(one: Callable[[], float], other: Callable[[], float], pairs: int) -> bool:
     """Whether two durations come from one distribution: measured in random turns, by Kolmogorov and Smirnov.
 
-    A true difference shows every time; a busy machine does not, so one of three looks must be calm.
+    A true difference shows every time; a busy machine does not, so two of three looks must be calm.
     """
+    calm = 0
     for _ in range(3):
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(pairs):
             for which in random.sample((0, 1), 2):
                 times[which].append((one, other)[which]())
-        if ks_2samp(*times).pvalue > 0.01:
-            return True
-    return False
+        calm += ks_2samp(*times).pvalue > 0.01
+    return calm >= 2
+
+
+def test_alike_tells_a_twentieth_apart() -> None:
+    """The comparison can fail: a duration that is 5 % longer, and scatters by 5 %, is another one."""
+    draw = random.Random(1)
+    assert alike(lambda: draw.gauss(1.0, 0.05), lambda: draw.gauss(1.0, 0.05), 60)
+    assert not alike(lambda: draw.gauss(1.0, 0.05), lambda: draw.gauss(1.05, 0.05), 60)
 
 
 def test_case_29_ten_thousand_guesses(world: World) -> None:
@@ -552,8 +560,8 @@ SMUGGLED = {
 def test_case_38_bytes_that_smuggle(live: Any, raw: bytes) -> None:
     """On a real socket: split headers, other hosts, tunnels, upgrades and two lengths never make a second answer."""
     said = live.talk(raw)
-    head, _, body = said.partition(b"\r\n\r\n")
-    assert (head + body).count(b"HTTP/1.1 ") <= 1
+    head, _, _ = said.partition(b"\r\n\r\n")
+    assert len(re.findall(rb"HTTP/1\.1 \d{3} ", said)) <= 1
     assert b"set-cookie" not in head.lower()
     assert b"location" not in head.lower()
     assert b"evil" not in head

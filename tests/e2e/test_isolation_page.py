@@ -36,6 +36,7 @@ def test_the_page_from_its_first_line_to_its_last() -> None:
         assert "The worker is a process of this user" in made.said("gate")
         lines(made)
         assert typed(made, "ledger show").count("tiny") == 3
+        made.settings["TROCAR_API_KEY"] = found.secret
         assert "is frozen" in typed(made, "ledger freeze")
         assert ask(found) == "lineage_frozen"
         assert "goes on" in typed(made, "ledger thaw")

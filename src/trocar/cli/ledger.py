@@ -6,6 +6,7 @@ at a ledger must not add to it, least of all to one that is damaged.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -39,9 +40,21 @@ def reading(folder: Folder) -> Iterator[Connection]:
 
 
 @contextmanager
-def _writing(folder: Folder) -> Iterator[Connection]:
-    with _opened(folder) as database, database.write() as connection:
-        yield connection
+def _as_operator(folder: Folder) -> Iterator[tuple[Connection, str]]:
+    """A transaction, and the key of the person who stands in the log for what it does.
+
+    Raises:
+        AuthError: `no_key`, `bad_key`.
+        PolicyRefusal: `not_allowed` for a role that does not operate.
+    """
+    from trocar.gate import roles
+    from trocar.gate.keys import Keys
+
+    with _opened(folder) as database:
+        who = Keys(database).authenticate(os.environ.get("TROCAR_API_KEY", "").strip() or None)
+        roles.require(who.role, roles.Power.operate)
+        with database.write() as connection:
+            yield connection, who.key_id
 
 
 @contextmanager
@@ -132,20 +145,20 @@ def freeze(
     reason: Annotated[str, typer.Option(help="Told to whoever is refused.")],
     data: DataOption = None,
 ) -> None:
-    """Stop a lineage at once: nothing of its models is admitted, charged or repeated, for any key."""
+    """Stop a lineage at once, with the key in TROCAR_API_KEY: nothing of its models is admitted or repeated."""
     from trocar.gate import accounts, chain
 
-    with _writing(Folder.at(data)) as connection:
-        accounts.freeze(connection, lineage, reason, key_id="", now_ms=chain.now_ms())
+    with _as_operator(Folder.at(data)) as (connection, who):
+        accounts.freeze(connection, lineage, reason, key_id=who, now_ms=chain.now_ms())
     print(f"{lineage} is frozen; `trocar ledger thaw` lets it go on")
 
 
 def thaw(lineage: LineageArgument, data: DataOption = None) -> None:
-    """Let a frozen lineage go on, after you have looked at why it was stopped."""
+    """Let a frozen lineage go on, with the key in TROCAR_API_KEY, after you have looked at why it was stopped."""
     from trocar.gate import accounts, chain
 
-    with _writing(Folder.at(data)) as connection:
-        accounts.thaw(connection, lineage, key_id="", now_ms=chain.now_ms())
+    with _as_operator(Folder.at(data)) as (connection, who):
+        accounts.thaw(connection, lineage, key_id=who, now_ms=chain.now_ms())
     print(f"{lineage} goes on")
 
 

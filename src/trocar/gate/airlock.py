@@ -283,6 +283,7 @@ class Airlock(Desk):
             limits=paying.limits,
             request_digest=ticket.digest,
             idempotency_key=f"airlock:{ticket.id}",
+            named_by_key=True,
             exposure=self._exposing(principal, request.lineage, what, ticket.id),
             request_id=ticket.id,
         )

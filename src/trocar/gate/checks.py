@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from trocar import errors
 from trocar.gate import plain_text
-from trocar.graph import linear_maps
+from trocar.graph import linear_maps, streams
 from trocar.graph.labels import Label
 from trocar.graph.linear_maps import LINEAR_MAPS, LinearMap
 from trocar.sites import Site
@@ -80,6 +80,7 @@ class Check(StrEnum):
     weight_init = "weight_init"
     optimiser = "optimiser"
     activation_targets = "activation_targets"
+    no_rows = "no_rows"
     no_site = "no_site"
     logits = "logits"
     early_layer = "early_layer"
@@ -170,6 +171,7 @@ class ExportTerms:
         review_bytes: artifacts above this size are looked at by people.
         most_bytes: nothing larger leaves in one request.
         maps: pairs of sites of which one request may hold one.
+        rows: whether rows may leave at all.
         rows_reviewed: whether people look at rows, whatever else is found.
         one_hot_reviewed: whether people look at columns that are like unit vectors.
     """
@@ -181,6 +183,7 @@ class ExportTerms:
     review_bytes: int = 1_000_000
     most_bytes: int = 64_000_000
     maps: tuple[LinearMap, ...] = LINEAR_MAPS
+    rows: bool = True
     rows_reviewed: bool = True
     one_hot_reviewed: bool = True
 
@@ -277,6 +280,8 @@ def _part_fails(part: Part, kind: ExportKind, terms: ExportTerms) -> Iterator[tu
 
 
 def _row_fails(part: Part, terms: ExportTerms) -> Iterator[tuple[Check, str]]:
+    if not terms.rows:
+        yield Check.no_rows, "rows never leave under this policy"
     if part.site is None:
         yield Check.no_site, "rows leave only when it is known where they were read"
     elif _early(part.site, terms):
@@ -294,8 +299,8 @@ def _row_fails(part: Part, terms: ExportTerms) -> Iterator[tuple[Check, str]]:
 
 def _early(site: Site, terms: ExportTerms) -> bool:
     """Whether a site lies before the first layer that may leave."""
-    layer = 0 if site.name == "embeddings" else site.layer
-    return layer is not None and layer < terms.first_raw_layer
+    depth = streams.depth(site)
+    return depth is not None and depth < terms.first_raw_layer
 
 
 def _near(part: Part, terms: ExportTerms) -> bool:

@@ -202,6 +202,7 @@ class Gate:
             review_bytes=said.review_bytes,
             most_bytes=said.most_bytes,
             maps=() if self.policy.data.linear_maps else LINEAR_MAPS,
+            rows=tier.raw != "never",
         )
 
     def left_bits(self, principal: Principal, lineage: Lineage) -> int | None:
@@ -321,13 +322,20 @@ class Gate:
         tick()
         return release.seal(priced, lambda bits, payload: self._settle(hold, bits, payload, made))
 
-    def cancel(self, hold: Hold, fault: BaseException, tick: Callable[[], None] = _at_once) -> None:
+    def cancel(
+        self,
+        hold: Hold,
+        fault: BaseException,
+        tick: Callable[[], None] = _at_once,
+        kept_bits: int | None = None,
+    ) -> None:
         """Ends a request that gave nothing: the overhead stays charged, the rest is refunded.
 
         Args:
             fault: why. A worker whose result was not the declared one freezes what is secret: an honest one never
                 does this.
             tick: as for `release`.
+            kept_bits: what stays charged; the overhead when None.
         """
         tick()
         try:
@@ -338,7 +346,8 @@ class Gate:
                 )
                 self.ledger.freeze(lineage.name, "a worker's result was not what was declared")
         finally:
-            self.ledger.cancel(hold.reservation, hold.cost.bits_out["overhead"])
+            kept = hold.cost.bits_out["overhead"] if kept_bits is None else kept_bits
+            self.ledger.cancel(hold.reservation, kept)
 
     def _settle(self, hold: Hold, bits: int, payload: bytes, made: Sequence[Handle]) -> r.Charge:
         charge = self.ledger.settle(

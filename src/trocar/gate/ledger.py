@@ -100,6 +100,7 @@ class Ledger:
         limits: Limits,
         request_digest: str,
         idempotency_key: str | None = None,
+        named_by_key: bool = False,
         exposure: Exposure | None = None,
         request_id: str = "",
     ) -> Reservation | Replay:
@@ -112,8 +113,9 @@ class Ledger:
             payers: accounts that pay beside the lineage's own, each with the limits it has now.
             limits: of the lineage's own account.
             request_digest: SHA-256 of the request, 64 hex digits.
-            idempotency_key: the client's name for the request, 1 to 200 visible ASCII characters; per key.
-                It is free again after `cancel` or a crash, because no answer exists to repeat.
+            idempotency_key: the client's name for the request, 1 to 200 visible ASCII characters; of the key, or of
+                the token that stands for it. Free again after `cancel` or a crash: no answer exists to repeat.
+            named_by_key: whether that name is the key's, whichever token asks.
             exposure: what the structure rules count.
             request_id: how the answer names the request; found again with `entries`.
 
@@ -132,12 +134,13 @@ class Ledger:
         if self._anchors is not None:
             self._anchors.require_kept()
         key, tokens = principal.key_id, principal.token_ids
-        ask = Ask(key, lineage.name, bits, request_digest, idempotency_key, request_id, tokens)
+        named_by = tokens[-1] if tokens and not named_by_key else ""
+        ask = Ask(key, lineage.name, bits, request_digest, idempotency_key, request_id, tokens, named_by)
         while True:
             with self._write() as (connection, now_ms):
                 keys.require_current(connection, principal)
                 accounts.require_not_frozen(connection, lineage.name)
-                earlier = reservations.earlier(connection, ask.key_id, idempotency_key)
+                earlier = reservations.earlier(connection, ask)
                 if earlier is not None:
                     return reservations.replay(connection, earlier, ask, now_ms)
                 accounts.enter(connection, lineage, now_ms)

@@ -73,7 +73,12 @@ class Charge:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a caller asks to have admitted; `token_ids` are the blocks of the token that stands for the key."""
+    """What a caller asks to have admitted.
+
+    Attributes:
+        token_ids: the blocks of the token that stands for the key.
+        named_by: whose word the idempotency key is: the last of these blocks, or nobody's but the key's.
+    """
 
     key_id: KeyId
     lineage: str
@@ -82,6 +87,7 @@ class Ask:
     idempotency_key: str | None
     request_id: str
     token_ids: tuple[str, ...] = ()
+    named_by: str = ""
 
 
 def admit(
@@ -104,6 +110,7 @@ def admit(
         "reserved_bits": ask.bits,
         "spent_bits": 0,
         "idempotency_key": ask.idempotency_key,
+        "named_by": ask.named_by,
         "request_digest": ask.request_digest,
         "payload_digest": "",
         "owners": chain.canonical(list(owners)),
@@ -204,11 +211,15 @@ def keep(connection: Connection, row: RowMapping, payload: bytes) -> None:
         connection.execute(insert(PAYLOADS).values(reservation=row["id"], payload=payload))
 
 
-def earlier(connection: Connection, key_id: KeyId, idempotency_key: str | None) -> RowMapping | None:
-    """The operation that a key already has under an idempotency key."""
-    if idempotency_key is None:
+def earlier(connection: Connection, ask: Ask) -> RowMapping | None:
+    """The operation that a credential already has under an idempotency key."""
+    if ask.idempotency_key is None:
         return None
-    same = and_(RESERVATIONS.c.key_id == key_id, RESERVATIONS.c.idempotency_key == idempotency_key)
+    same = and_(
+        RESERVATIONS.c.key_id == ask.key_id,
+        RESERVATIONS.c.named_by == ask.named_by,
+        RESERVATIONS.c.idempotency_key == ask.idempotency_key,
+    )
     return connection.execute(select(RESERVATIONS).where(same)).mappings().one_or_none()
 
 

@@ -23,7 +23,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA: Final = 3
+SCHEMA: Final = 4
 METADATA: Final = MetaData()
 _Whole: Final = BigInteger().with_variant(Integer, "sqlite")  # makes `seq` SQLite's row id
 
@@ -102,12 +102,13 @@ RESERVATIONS: Final = Table(
     Column("reserved_bits", _Whole, nullable=False),
     Column("spent_bits", _Whole, nullable=False),
     Column("idempotency_key", String(200)),
+    Column("named_by", String(64), nullable=False),
     Column("request_digest", String(64), nullable=False),
     Column("payload_digest", String(64), nullable=False),
     Column("owners", String, nullable=False),
     Column("tokens", String, nullable=False),
     Column("request_id", String(64), nullable=False),
-    UniqueConstraint("key_id", "idempotency_key"),
+    UniqueConstraint("key_id", "named_by", "idempotency_key"),
     CheckConstraint("spent_bits >= 0 AND spent_bits <= reserved_bits", name="within_reservation"),
     Index("by_state", "state"),
 )

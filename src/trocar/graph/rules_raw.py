@@ -49,7 +49,8 @@ def _closed(node: ops.Raw, path: str, rules: Rules) -> errors.Refusal:
 
 def _forbidden(ref: str, program: Program, walk: Walk, rules: Rules) -> str | None:
     site = walk.values[ref].sites[0]
-    if site.name != "final_norm" and _layer(site) < rules.first_raw_layer:
+    depth = streams.depth(site)
+    if depth is not None and depth < rules.first_raw_layer:
         return f"{site}: rows before layer {rules.first_raw_layer} stay, they are close to the embeddings"
     writes = (walk.site(n.site, "") for n in program.nodes if isinstance(n, ops.EDIT_NODES))
     blocks = blocks_between(site, writes, walk.scope.model.n_layers)
@@ -59,11 +60,6 @@ def _forbidden(ref: str, program: Program, walk: Walk, rules: Rules) -> str | No
             f"rows leave at {rules.least_blocks} or more"
         )
     return None
-
-
-def _layer(site: Site) -> int:
-    """The layer that a site belongs to; the stream before a layer is what the layer before made."""
-    return max(0, (site.layer or 0) - (site.name == "resid_pre"))
 
 
 def _matrices(found: Sequence[tuple[Site, bool]], path: str) -> Iterator[errors.Refusal]:

@@ -31,6 +31,18 @@ def canonical(site: Site) -> Site:
     return Site(_SANDWICH.get(site.name, site.name), site.layer)
 
 
+def depth(site: Site) -> int | None:
+    """The layer that made a site's rows, 0 for embeddings; None for what lies behind all layers.
+
+    The stream before a layer is what the layer before made.
+    """
+    if site.name == "embeddings":
+        return 0
+    if site.name == "resid_pre" and site.layer is not None:
+        return max(0, site.layer - 1)
+    return site.layer
+
+
 def last(site: Site, n_layers: int | None) -> Site:
     """The site, or where it is the last norm the stream that it reads; None when that is not known."""
     return Site("resid_pre", n_layers) if site.name == "final_norm" and n_layers is not None else site

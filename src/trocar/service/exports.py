@@ -39,6 +39,8 @@ from trocar.sites import parse
 from trocar.wire import airlock as a
 from trocar.wire import results as r
 
+DIGEST_BITS: Final = 256
+"""The digest of what was frozen, which its author is told."""
 CHECK_BITS: Final = 64
 """Of each part: whatever the checks say of its numbers takes less."""
 MOST_LISTED: Final = 1000
@@ -93,6 +95,7 @@ class Exports:
         if isinstance(hold, Released):
             return hold
         started_s, tick_ms = time.monotonic(), self._gate.policy.terms(principal.tier).tick_ms
+        kept_bits = None
         try:
             with self._alone():
                 try:
@@ -102,10 +105,11 @@ class Exports:
                     time.sleep(ticks.rest_s(started_s, tick_ms))
                 schema.require(arrays, order.fields)
                 ticket = self._gate.airlock.submit(principal, _ask(request, of, lineage, order, arrays))
+            kept_bits = cost.total_bits  # from here on whoever asked can look it up
             view = self._seen(principal, ticket.id)
             return self._gate.release(hold, lambda press: press.ticket(view, cost))
         except BaseException as e:
-            self._gate.cancel(hold, e)
+            self._gate.cancel(hold, e, kept_bits=kept_bits)
             raise
 
     @contextmanager
@@ -154,7 +158,8 @@ class Exports:
         return Limits(life, day)
 
     def _cost(self, order: NumbersOrder) -> Cost:
-        bits = {"overhead": self._gate.policy.overhead_bits, "checks": CHECK_BITS * len(order.fields)}
+        checks = CHECK_BITS * len(order.fields)
+        bits = {"overhead": self._gate.policy.overhead_bits, "checks": checks, "digest": DIGEST_BITS}
         numbers = sum(rows * width for rows, width in map(_shape, order.fields))
         rows_read = sum(field.shape[0] for field in order.fields) if order.rows else 0
         return Cost(

@@ -139,7 +139,7 @@ class Jobs:
             for job in self._jobs.values():
                 if (
                     claim is not None
-                    and principal.owns(job.tenant, job.maker)
+                    and job.maker == principal.credential
                     and job.claim == claim
                     and job.state not in r.FINAL
                 ):

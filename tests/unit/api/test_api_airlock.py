@@ -55,7 +55,7 @@ def test_a_probe_leaves_over_http(who: Any, probe: str, house: Any) -> None:
     ada = who("ada")
     heard = asked(ada, probe)
     ticket = heard.json
-    assert heard.headers["x-trocar-bits"] == str(256 + 3 * 64)
+    assert heard.headers["x-trocar-bits"] == str(256 + 3 * 64 + 256)
     assert (ticket["state"], ticket["holder"], ticket["review"]) == ("submitted", "ada", None)
     assert step(who("bea"), ticket, "approve", words="fine").json["state"] == "seconded"
     assert step(who("cid"), ticket, "approve").json["state"] == "approved"
@@ -75,7 +75,7 @@ def test_a_probe_leaves_over_http(who: Any, probe: str, house: Any) -> None:
     codes, scales = file["resid_post.2/direction:codes"], file["resid_post.2/direction:scales"]
     assert (np.abs(codes * scales[:, None] - held) <= scales * (0.5 + 1e-6)).all()
     settled = [e["bits"] for e in ada.account()[0] if e["kind"] == "settled"]
-    assert settled[-2:] == [256 + 3 * 64, ticket["price_bits"]]
+    assert settled[-2:] == [256 + 3 * 64 + 256, ticket["price_bits"]]
 
 
 def test_asking_again_under_one_key_is_asking_once(who: Any, probe: str) -> None:

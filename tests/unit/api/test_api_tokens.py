@@ -190,9 +190,20 @@ def test_case_37_what_the_key_got_is_not_replayed_to_a_narrower_token(fresh: Any
     narrow = caller(fresh, give(words(ops={"logprobs"})))
     heard = narrow.post("/v1/runs", READS, idempotency_key="once")
     assert (heard.status, heard.refusal["code"]) == (403, "out_of_scope")
-    wide = caller(fresh, give(words(models={"tiny"})))
-    again = wide.run(READS, idempotency_key="once")
+    again = bob.run(READS, idempotency_key="once")
     assert (again.body, again.headers["x-trocar-bits"]) == (first.body, "0")
+
+
+def test_case_37_the_names_that_a_token_takes_are_its_own(fresh: Any, bob: Caller, give: Give) -> None:
+    """An agent that uses a name first does not keep it from its person, nor from another token."""
+    text = give()
+    agent, other = caller(fresh, text), caller(fresh, give())
+    first = agent.run(READS, idempotency_key="nightly")
+    for who in (bob, other):
+        mine = who.run(request(LOGPROBS), idempotency_key="nightly")
+        assert (mine.status, mine.headers["x-trocar-replayed"]) == (200, "false")
+    again = agent.run(READS, idempotency_key="nightly")
+    assert (again.body, again.headers["x-trocar-replayed"]) == (first.body, "true")
 
 
 def test_case_37_nor_is_a_job_of_the_key_found_that_still_runs(

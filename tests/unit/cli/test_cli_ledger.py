@@ -158,7 +158,16 @@ def test_a_file_that_is_no_ledger_is_a_fault(trocar: Any, home: Path) -> None:
     assert "[ledger_unavailable]" in ran.err
 
 
-def test_a_lineage_is_stopped_and_goes_on_by_hand(trocar: Any, home: Path, secret: str) -> None:
+@pytest.fixture
+def operator(trocar: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    made = trocar("key", "create", "--tenant", "ops", "--role", "operator", "--json").json
+    monkeypatch.setenv("TROCAR_API_KEY", made["secret"])
+    return str(made["key_id"])
+
+
+def test_a_lineage_is_stopped_and_goes_on_by_hand(
+    trocar: Any, home: Path, secret: str, operator: str
+) -> None:
     spend(home, secret)
     assert trocar("ledger", "freeze", "base", "--reason", "a strange answer").code == 0
     with pytest.raises(errors.PolicyRefusal, match="a strange answer") as caught:
@@ -168,9 +177,24 @@ def test_a_lineage_is_stopped_and_goes_on_by_hand(trocar: Any, home: Path, secre
     spend(home, secret)
     kinds = [e["kind"] for e in trocar("ledger", "log", "--json").json]
     assert [k for k in kinds if k in ("frozen", "thawed")] == ["frozen", "thawed"]
+    by = {e["key_id"] for e in trocar("ledger", "log", "--json").json if e["kind"] in ("frozen", "thawed")}
+    assert by == {operator}
     assert trocar("ledger", "verify").code == 0
 
 
+def test_only_who_operates_stops_a_lineage(
+    trocar: Any, home: Path, secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spend(home, secret)
+    for key, code in (("", "no_key"), ("trk_x", "bad_key"), (secret, "not_allowed")):
+        monkeypatch.setenv("TROCAR_API_KEY", key)
+        for words in (("freeze", "base", "--reason", "x"), ("thaw", "base")):
+            ran = trocar("ledger", *words)
+            assert (ran.code, f"[{code}]" in ran.err) == (2, True), ran.err
+    spend(home, secret)
+
+
+@pytest.mark.usefixtures("operator")
 def test_a_lineage_that_was_never_declared_is_not_stopped(trocar: Any, home: Path, secret: str) -> None:
     spend(home, secret)
     ran = trocar("ledger", "freeze", "bose", "--reason", "x")

@@ -68,6 +68,8 @@ def test_small_artifacts_of_public_targets_pass() -> None:
         ({"site": Site("resid_post", 0)}, "early_layer"),
         ({"site": Site("mlp_out", 1)}, "early_layer"),
         ({"site": Site("resid_pre", 1)}, "early_layer"),
+        ({"site": Site("resid_post", 1)}, "early_layer"),
+        ({"site": Site("resid_pre", 2)}, "early_layer"),  # another name of the same rows
         ({"site": None}, "no_site"),
         ({"site": Site("logits")}, "logits"),
         ({"blocks": 0}, "near_write"),
@@ -87,7 +89,13 @@ def test_rows_that_never_leave(change: dict[str, Any], code: str) -> None:
     assert codes(replace(ROWS, **change)) == ("fail", {code})
 
 
-@pytest.mark.parametrize("site", ["resid_pre.2", "resid_post.2", "attn_in.2", "final_norm"])
+def test_a_policy_without_raw_rows_lets_none_out() -> None:
+    never = ExportTerms(rows=False)
+    assert codes(ROWS, terms=never) == ("fail", {"no_rows"})
+    assert codes(PROBE, kind="artifact", terms=never) == ("pass", set())
+
+
+@pytest.mark.parametrize("site", ["resid_pre.3", "resid_post.2", "attn_in.2", "final_norm"])
 def test_sites_from_the_first_raw_layer_on_may_leave(site: str) -> None:
     assert codes(*rows_at(site))[0] == "review"
 

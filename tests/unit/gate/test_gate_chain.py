@@ -19,7 +19,7 @@ from trocar.sites import parse
 _WORDS = "time_ms, kind, key_id, lineage, reservation, request_id, held_bits, charged_bits, digest, detail"
 _APPEND = f"INSERT INTO log SELECT seq + 1, {_WORDS}, hash, hash FROM log WHERE seq = 13"
 _KEY_WORDS = "tenant, tier, role, project, holder, scope, made_by, note, secret_sha256"
-_GHOST = "SELECT 'ghost', instance, key_id, lineage, 'open', 5, 0, NULL, '', '', '[]', '[]', ''"
+_GHOST = "SELECT 'ghost', instance, key_id, lineage, 'open', 5, 0, NULL, '', '', '', '[]', '[]', ''"
 EXPOSURE = Exposure((Direction("resid_post.3", "ab" * 32, 2),), (Leaving(parse("z.3"), True),))
 
 

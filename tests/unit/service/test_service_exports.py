@@ -18,7 +18,7 @@ from trocar.gate.manifest import verify
 from trocar.grants.scope import Scope
 from trocar.graph import ops
 from trocar.graph.program import Program
-from trocar.service.exports import CHECK_BITS, _numbers_of
+from trocar.service.exports import CHECK_BITS, DIGEST_BITS, _numbers_of
 from trocar.wire import airlock as a
 from trocar.wire.requests import FitRequest, RunRequest
 
@@ -103,7 +103,7 @@ def test_a_probe_leaves_after_two_others_agreed(house: Any, probe: str) -> None:
     before = charged(house, "ada")
     released = submit(house, "ada", probe)
     ticket = told(released)
-    asked = OVERHEAD + 3 * CHECK_BITS
+    asked = OVERHEAD + DIGEST_BITS + 3 * CHECK_BITS
     assert released.charge.bits == asked == charged(house, "ada") - before
     assert (ticket["state"], ticket["checks"], ticket["reasons"]) == ("submitted", "pass", [])
     assert (ticket["kind"], ticket["needed"], ticket["you"]) == ("artifact", 2, "author")
@@ -334,6 +334,20 @@ def test_a_worker_that_gives_other_arrays_is_at_fault(
         assert charged(house, "ada") - before == OVERHEAD
         assert code(lambda: submit(house, "ada", probe)) == "lineage_frozen"
         house.service.gate.ledger.thaw("shut", key_id="op")
+
+
+def test_what_was_asked_and_not_charged_keeps_its_whole_price(
+    house: Any, probe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a request is entered its author can look at the digest of its numbers, also when the answer fails."""
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise errors.refuse("ledger_unavailable", "", "the disk")
+
+    monkeypatch.setattr(type(house.service.gate.ledger), "settle", broken)
+    before = charged(house, "ada")
+    assert code(lambda: submit(house, "ada", probe)) == "ledger_unavailable"
+    assert charged(house, "ada") - before == OVERHEAD + DIGEST_BITS + 3 * CHECK_BITS
 
 
 def test_a_workers_words_do_not_leave(house: Any, probe: str, monkeypatch: pytest.MonkeyPatch) -> None:
