@@ -20,7 +20,7 @@ from trocar.gate import accounts, chain
 from trocar.gate.chain import Head, Json, Kind
 from trocar.gate.database import unavailable
 from trocar.gate.keys import KeyId
-from trocar.gate.tables import PAYLOADS, RESERVATIONS
+from trocar.gate.tables import LOG, PAYLOADS, RESERVATIONS
 from trocar.gate.windows import DAY_MS
 
 ReservationId = NewType("ReservationId", str)
@@ -232,7 +232,7 @@ def replay(connection: Connection, row: RowMapping, ask: Ask, now_ms: int) -> Re
 
     Raises:
         Conflict: `idempotency_conflict`, `still_running`, `replay_expired`.
-        ServerFault: `ledger_unavailable` when the stored payload is not the one that was charged.
+        ServerFault: `ledger_unavailable` when the stored payload is not the one that was charged, or should be there.
     """
     name = repr(row["idempotency_key"])
     if (row["lineage"], row["request_digest"]) != (ask.lineage, ask.request_digest):
@@ -242,8 +242,7 @@ def replay(connection: Connection, row: RowMapping, ask: Ask, now_ms: int) -> Re
     query = select(PAYLOADS.c.payload).where(PAYLOADS.c.reservation == row["id"])
     kept = connection.execute(query).scalar_one_or_none()
     if kept is None:
-        reason = f"the answer of {name} is older than {REPLAY_DAYS} days and was not kept"
-        raise errors.refuse("replay_expired", "idempotency_key", reason)
+        raise _gone(connection, row, now_ms)
     payload = bytes(kept)
     # other bytes than those charged would leave for free
     if hashlib.sha256(payload).hexdigest() != row["payload_digest"]:
@@ -259,3 +258,13 @@ def replay(connection: Connection, row: RowMapping, ask: Ask, now_ms: int) -> Re
         time_ms=now_ms,
     )
     return Replay(payload, row["payload_digest"], row["spent_bits"], head)
+
+
+def _gone(connection: Connection, row: RowMapping, now_ms: int) -> errors.TrocarError:
+    """The refusal for an answer that is not stored: it is old, or somebody was at the table."""
+    settled = and_(LOG.c.reservation == row["id"], LOG.c.kind == Kind.settled)
+    at_ms = connection.execute(select(LOG.c.time_ms).where(settled)).scalar_one_or_none()
+    if at_ms is None or at_ms >= now_ms - REPLAY_DAYS * DAY_MS:
+        return unavailable("a stored payload is gone")
+    reason = f"the answer of {row['idempotency_key']!r} is older than {REPLAY_DAYS} days and was not kept"
+    return errors.refuse("replay_expired", "idempotency_key", reason)
