@@ -155,12 +155,10 @@ def test_no_prompt_reaches_the_log_even_when_requests_fail(serving: Serving) -> 
     assert serving.secret not in added
 
 
-def test_a_stop_in_the_middle_of_a_long_job_takes_less_than_five_seconds(
-    home: Path, serving: Serving
-) -> None:
+def test_a_stop_in_the_middle_of_a_long_job_ends_in_time(home: Path, serving: Serving) -> None:
     with capturing(serving):
         _, took_s = serving.stop()
-    assert took_s < 5.0
+    assert took_s < GRACE_S + 1.5  # a busy machine takes a second to end a process
     again = cli_server.start(home, "--threads", "1")
     again.stop()
     assert ledger_rows(home, "select * from reservations where state = 'open'") == []
