@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NewType
 
-from sqlalchemy import Connection, RowMapping, and_, bindparam, insert, select, update
+from sqlalchemy import Connection, RowMapping, and_, bindparam, delete, insert, select, update
 
 from trocar import errors
 from trocar.gate import accounts, chain
@@ -21,9 +21,12 @@ from trocar.gate.chain import Head, Json, Kind
 from trocar.gate.database import unavailable
 from trocar.gate.keys import KeyId
 from trocar.gate.tables import PAYLOADS, RESERVATIONS
+from trocar.gate.windows import DAY_MS
 
 ReservationId = NewType("ReservationId", str)
 OPEN: Final = "open"
+REPLAY_DAYS: Final = 30
+"""An answer is kept that long for replays; its name is taken for good."""
 # built once: making a statement costs more than running it
 _ADD: Final = insert(RESERVATIONS)
 _CLOSE: Final = update(RESERVATIONS).where(RESERVATIONS.c.id == bindparam("at"))
@@ -205,10 +208,11 @@ def close(
     return Charge(head.seq, head.hash, spent_bits, balance.left_bits)
 
 
-def keep(connection: Connection, row: RowMapping, payload: bytes) -> None:
-    """Stores a payload for replays, when its request has an idempotency key."""
+def keep(connection: Connection, row: RowMapping, payload: bytes, now_ms: int) -> None:
+    """Stores a payload for replays, when its request has an idempotency key, and drops those that are too old."""
     if row["idempotency_key"] is not None:
-        connection.execute(insert(PAYLOADS).values(reservation=row["id"], payload=payload))
+        connection.execute(delete(PAYLOADS).where(PAYLOADS.c.kept_ms < now_ms - REPLAY_DAYS * DAY_MS))
+        connection.execute(insert(PAYLOADS).values(reservation=row["id"], kept_ms=now_ms, payload=payload))
 
 
 def earlier(connection: Connection, ask: Ask) -> RowMapping | None:
@@ -227,7 +231,7 @@ def replay(connection: Connection, row: RowMapping, ask: Ask, now_ms: int) -> Re
     """The answer of an earlier operation, if `ask` is the same request.
 
     Raises:
-        Conflict: `idempotency_conflict`, `still_running`.
+        Conflict: `idempotency_conflict`, `still_running`, `replay_expired`.
         ServerFault: `ledger_unavailable` when the stored payload is not the one that was charged.
     """
     name = repr(row["idempotency_key"])
@@ -236,7 +240,11 @@ def replay(connection: Connection, row: RowMapping, ask: Ask, now_ms: int) -> Re
     if row["state"] == OPEN:
         raise errors.refuse("still_running", "idempotency_key", f"the request {name} has not finished")
     query = select(PAYLOADS.c.payload).where(PAYLOADS.c.reservation == row["id"])
-    payload = bytes(connection.execute(query).scalar_one())
+    kept = connection.execute(query).scalar_one_or_none()
+    if kept is None:
+        reason = f"the answer of {name} is older than {REPLAY_DAYS} days and was not kept"
+        raise errors.refuse("replay_expired", "idempotency_key", reason)
+    payload = bytes(kept)
     # other bytes than those charged would leave for free
     if hashlib.sha256(payload).hexdigest() != row["payload_digest"]:
         raise unavailable("a stored payload is not the one that was charged")

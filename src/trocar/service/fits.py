@@ -39,6 +39,7 @@ class Ask:
 
     Attributes:
         labels, groups: per row; None for a linear map.
+        leans_on: rows that a fit to labels leans on.
         target: what a linear map is fitted to.
         shapes: of the arrays that it makes, by site.
     """
@@ -51,6 +52,7 @@ class Ask:
     n_train: int
     n_test: int
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+    leans_on: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -102,7 +104,8 @@ def ask(request: FitRequest, of: Handle, target: Handle | None, rules: Rules) ->
     classes = len(set(labels)) if request.kind == "multinomial" else 1
     _require_room(request, classes, len(labels))
     shapes = {site: _arrays(request, classes, n) for site, n in of.widths.items()}
-    return Ask(request, of, None, labels, groups, n_train, n_test, shapes)
+    leans_on = analysis.leans_on(request.kind, labels, groups, fraction, seed)
+    return Ask(request, of, None, labels, groups, n_train, n_test, shapes, leans_on)
 
 
 def _arrays(request: FitRequest, classes: int, width: int) -> dict[str, tuple[int, ...]]:
@@ -218,6 +221,7 @@ class Fit:
             ask.shapes,
             origins=ask.of.origins,
             own_targets=ask.target is not None,
+            leans_on=ask.leans_on,
             source=ask.of.id,
         )
 
