@@ -136,18 +136,9 @@ class AsyncActivations:
             ProgramError: `bad_labels`, `too_few_rows`.
         """
         request = fit_request(
-            self.handle,
-            kind,
-            labels,
-            target,
-            groups,
-            test_fraction=test_fraction,
-            seed=seed,
-            l2=l2,
-            l1=l1,
-            class_weight=class_weight,
-            folds=folds,
-        )
+            self.handle, kind, labels, target, groups,
+            test_fraction=test_fraction, seed=seed, l2=l2, l1=l1, class_weight=class_weight, folds=folds,
+        )  # fmt: skip
         view = (await self.client.transport.post("/v1/fits", request, once=True)).view(r.JobView)
         results: Results[Any] = await self.client._job(view)
         probe: Probe = results["fit"]
