@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import httpx
 
@@ -13,7 +13,7 @@ from trocar.client import airlock as desk
 from trocar.client.airlock import AsyncTicket
 from trocar.client.handles import Probe, Stored, StoredRows
 from trocar.client.notebook import ProgressLine
-from trocar.client.programs import capture_request, generate_request, model_text, plain
+from trocar.client.programs import capture_request, fit_request, generate_request, model_text
 from trocar.client.prompts import Prompts, generation_of, is_single
 from trocar.client.results import Plan, Results, SessionResults, Text
 from trocar.client.session import RecordedSession, Session
@@ -117,32 +117,28 @@ class AsyncActivations:
         test_fraction: float = 0.25,
         seed: int = 0,
         l2: float | None = None,
+        l1: float | None = None,
+        class_weight: Literal["balanced"] | None = None,
+        folds: int = 0,
     ) -> Probe:
         """Fits every captured site on the server; only metrics come back. See docs/fits.md.
 
         Args:
-            kind: `logistic` (Alain & Bengio 2016), `mean_diff` (Marks & Tegmark 2023), `ridge`, or `linear_map`
-                (least squares to the rows of `target`; refused where the weights are a secret).
+            kind: `logistic` (Alain & Bengio 2016), `mean_diff` (Marks & Tegmark 2023), `ridge`, `lda`, `multinomial`
+                or `linear_map` (to the rows of `target`; refused where the weights are a secret).
             labels: one per prompt, in prompt order; not for a linear map.
             target: `acts["mlp_out.3"]` of other activations of the same prompts.
             groups: one per prompt; a group never stands on both sides of the split.
             test_fraction: held-out part.
+            folds: of a cross-validation, 2 to 20, beside the held-out part.
 
         Raises:
             ProgramError: `bad_labels`, `too_few_rows`.
         """
-        request = strict.make(
-            q.FitRequest,
-            handle=self.handle,
-            kind=kind,
-            labels=None if labels is None else tuple(plain(x) for x in labels),
-            target=None if target is None else target.handle,
-            target_site=None if target is None else target.site,
-            groups=None if groups is None else tuple(plain(x) for x in groups),
-            test_fraction=test_fraction,
-            seed=seed,
-            l2=l2,
-        )
+        request = fit_request(
+            self.handle, kind, labels, target, groups,
+            test_fraction=test_fraction, seed=seed, l2=l2, l1=l1, class_weight=class_weight, folds=folds,
+        )  # fmt: skip
         view = (await self.client.transport.post("/v1/fits", request, once=True)).view(r.JobView)
         results: Results[Any] = await self.client._job(view)
         probe: Probe = results["fit"]

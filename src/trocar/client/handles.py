@@ -120,7 +120,19 @@ class Probe:
 
     @property
     def direction(self) -> Direction:
-        """The direction of the site where it is used, or of the selected site."""
+        """The direction of the site where it is used, or of the selected site.
+
+        Raises:
+            ClientError: `bad_argument` for a fit of many classes, or to rows, which has no one direction.
+        """
+        if self.kind in ("multinomial", "linear_map"):
+            reason = f"a {self.kind} fit has no one direction for each site"
+            raise errors.refuse(
+                "bad_argument",
+                "direction",
+                reason,
+                next_step="Fit one class against the others: logistic or lda.",
+            )
         return Direction(self.handle, self.sites, self.site)
 
     def __getitem__(self, site: str) -> Probe:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from trocar import sites
+from trocar import sites, strict
+from trocar.client.handles import StoredRows
 from trocar.client.prompts import Prompts
 from trocar.client.trace import Recorded
 from trocar.graph.builder import EditSpec, Place, Position, SiteRows, selector
 from trocar.graph.canonical import expand
 from trocar.graph.facts import ModelFacts
+from trocar.wire import requests as q
 
 
 def capture_request(
@@ -43,6 +45,27 @@ def model_text(facts: ModelFacts) -> str:
     return (
         f"Model {facts.name} ({facts.family}, {facts.n_layers} layers, d_model {facts.d_model}, {facts.dtype})\n"
         f"  fingerprint {facts.fingerprint[:16]}\n  sites {', '.join(facts.sites)}"
+    )
+
+
+def fit_request(
+    handle: str,
+    kind: q.FitKind,
+    labels: Sequence[Any] | None,
+    target: StoredRows | None,
+    groups: Sequence[int | str] | None,
+    **options: Any,
+) -> q.FitRequest:
+    """A fit of stored rows, with labels and groups as plain Python values."""
+    return strict.make(
+        q.FitRequest,
+        handle=handle,
+        kind=kind,
+        labels=None if labels is None else tuple(plain(x) for x in labels),
+        target=None if target is None else target.handle,
+        target_site=None if target is None else target.site,
+        groups=None if groups is None else tuple(plain(x) for x in groups),
+        **options,
     )
 
 

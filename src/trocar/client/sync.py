@@ -131,6 +131,9 @@ class Activations:
         test_fraction: float = 0.25,
         seed: int = 0,
         l2: float | None = None,
+        l1: float | None = None,
+        class_weight: Literal["balanced"] | None = None,
+        folds: int = 0,
     ) -> Probe:
         """Fits every captured site on the server; only metrics come back. See `AsyncActivations.fit`."""
         core = aio.AsyncActivations(self.client._core, self.stored)
@@ -143,6 +146,9 @@ class Activations:
             test_fraction=test_fraction,
             seed=seed,
             l2=l2,
+            l1=l1,
+            class_weight=class_weight,
+            folds=folds,
         )
 
     def request_release(self, *, reason: str, controls: str) -> Ticket:

@@ -103,7 +103,12 @@ class Handle:
     @property
     def widths(self) -> dict[str, int]:
         """Width of a row or direction, by site."""
-        return {site: next(iter(arrays.values()))[0] for site, arrays in self.shapes.items()}
+        return {site: _width(arrays) for site, arrays in self.shapes.items()}
+
+    @property
+    def _one_direction(self) -> bool:
+        """Whether each site has one: neither a map nor the directions of many classes is a vector."""
+        return not self.own_targets and all("direction" in arrays for arrays in self.shapes.values())
 
     def facts(self) -> HandleFacts:
         """What the checker may know of it."""
@@ -112,10 +117,16 @@ class Handle:
             handle=self.id,
             kind="activations" if stored else "artifact",
             fingerprint=self.fingerprint,
-            widths={} if self.own_targets else self.widths,  # a map is no direction
+            widths=self.widths if stored or self._one_direction else {},
             rows_per_prompt=self.counts,
             has_probe=not stored and all("weights" in arrays for arrays in self.shapes.values()),
         )
+
+
+def _width(arrays: Mapping[str, tuple[int, ...]]) -> int:
+    """Of the rows that the first array is for: a map takes them in by its first axis."""
+    name, shape = next(iter(arrays.items()))
+    return shape[0] if name == "map" else shape[-1]
 
 
 def new_activations() -> str:

@@ -1,6 +1,6 @@
 """The fit use case: stored rows and public labels in, an artifact that stays and a few numbers out.
 
-What a fit releases is fixed before it runs: `METRICS` numbers per site. Labels count per prompt; when a
+What a fit releases is fixed before it runs: `metrics.names` numbers per site. Labels count per prompt; when a
 prompt has several stored rows they share its label and never stand on both sides of the split.
 """
 
@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from trocar import analysis, errors
 from trocar.gate import schema
@@ -24,11 +24,13 @@ from trocar.graph.program import canonical
 from trocar.service import faults
 from trocar.service.ending import Ending
 from trocar.service.jobs import Job, Jobs
-from trocar.service.metrics import METRICS
+from trocar.service.metrics import PROBE, PROBES, names
 from trocar.service.steps import UNSAID
 from trocar.service.worker import FitOrder, Model
 from trocar.wire import results as r
 from trocar.wire.requests import FitRequest
+
+MOST_SCORES: Final = 50_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Ask:
     @property
     def names(self) -> tuple[str, ...]:
         """Of the numbers that it releases for each site."""
-        return METRICS[self.request.kind]
+        return names(self.request)
 
     def cost(self, prices: Prices) -> Cost:
         sites, width = len(self.of.widths), sum(self.of.widths.values())
@@ -64,7 +66,7 @@ class Ask:
         return Cost(
             tokens=0,
             rows_read=self.of.rows * sites,
-            flops=4 * self.of.rows * made,
+            flops=4 * self.of.rows * made * (1 + self.request.folds),
             bytes_stored=made * STORED_BYTES_PER_NUMBER,
             bits_out=bits,
             total_bits=sum(bits.values()),
@@ -87,11 +89,38 @@ def ask(request: FitRequest, of: Handle, target: Handle | None, rules: Rules) ->
         raise errors.refuse("bad_value", "target", f"{request.kind} is fitted to labels and takes no target")
     labels, groups = _spread(of, request, request.labels)
     fraction, seed = request.test_fraction, request.seed
-    analysis.check(request.kind, labels, groups, test_fraction=fraction, seed=seed, l2=request.l2)
+    analysis.check(
+        request.kind,
+        labels,
+        groups,
+        test_fraction=fraction,
+        seed=seed,
+        l2=request.l2,
+        l1=request.l1,
+        class_weight=request.class_weight,
+        folds=request.folds,
+    )
     n_train, n_test = analysis.sizes(request.kind, labels, groups, fraction, seed)
-    shapes = {site: {"direction": (n,), "weights": (n,), "bias": (1,)} for site, n in of.widths.items()}
+    classes = len(set(labels)) if request.kind == "multinomial" else 1
+    _require_room(request, classes, len(labels))
+    shapes = {site: _arrays(request, classes, n) for site, n in of.widths.items()}
     leans_on = analysis.leans_on(request.kind, labels, groups, fraction, seed)
     return Ask(request, of, None, labels, groups, n_train, n_test, shapes, leans_on)
+
+
+def _arrays(request: FitRequest, classes: int, width: int) -> dict[str, tuple[int, ...]]:
+    if request.kind == "multinomial":
+        return dict(zip(PROBES, ((classes, width), (classes, width), (classes,)), strict=True))
+    return dict(zip(PROBE, ((width,), (width,), (1,)), strict=True))
+
+
+def _require_room(request: FitRequest, classes: int, rows: int) -> None:
+    """A worker holds a score of each row for every class, of the fit, of its control and of each fold."""
+    scores = (2 + request.folds) * classes * rows
+    if scores > MOST_SCORES:
+        reason = f"{rows} rows, {classes} columns and {request.folds} folds are {scores} scores, over {MOST_SCORES}"
+        step = "Fit fewer prompts, classes or folds."
+        raise errors.refuse("bad_value", "folds" if request.folds else "labels", reason, next_step=step)
 
 
 def _map(request: FitRequest, of: Handle, target: Handle | None, rules: Rules) -> Ask:
@@ -103,6 +132,10 @@ def _map(request: FitRequest, of: Handle, target: Handle | None, rules: Rules) -
     if request.labels is not None or request.groups is not None:
         raise errors.refuse(
             "bad_value", "labels", "a linear map is fitted to rows and takes no labels or groups"
+        )
+    if request.l1 is not None or request.class_weight is not None or request.folds:
+        raise errors.refuse(
+            "bad_value", "kind", "a linear map takes no l1, class_weight or folds: leave them out"
         )
     if target.kind != ACTIVATIONS or target.fingerprint != of.fingerprint:
         raise errors.refuse("wrong_handle", "target", f"{target.id!r} holds no rows of the same model")

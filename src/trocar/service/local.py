@@ -15,7 +15,7 @@ from trocar import analysis, errors
 from trocar.engine.protocol import Engine, EngineStats
 from trocar.gate.schema import Arrays
 from trocar.models.load import Loaded
-from trocar.service.metrics import numbers
+from trocar.service.metrics import PROBE, PROBES, numbers
 from trocar.service.passes import Passes
 from trocar.service.worker import FitOrder, Model, NumbersOrder, RunOrder, Watch
 from trocar.store import Reader, Store
@@ -55,9 +55,12 @@ class LocalWorker:
             test_fraction=request.test_fraction,
             seed=request.seed,
             l2=request.l2,
+            l1=request.l1,
+            class_weight=request.class_weight,
+            folds=request.folds,
         )
         self._save(order, reader, result)
-        return {"metrics": np.array([numbers(f) for f in result.sites.values()], dtype=np.float32)}
+        return {"metrics": np.array([numbers(f, request) for f in result.sites.values()], dtype=np.float32)}
 
     def _map(self, order: FitOrder, watch: Watch) -> Arrays:
         request, reader = order.request, self.store.open(order.tenant, order.request.handle)
@@ -73,12 +76,9 @@ class LocalWorker:
         return {"metrics": np.array(found, dtype=np.float32)}
 
     def _save(self, order: FitOrder, reader: Reader, result: analysis.FitResult) -> None:
+        names = PROBES if result.kind == "multinomial" else PROBE
         made: dict[str, dict[str, npt.NDArray[Any]]] = {
-            site: {
-                "direction": f.direction,
-                "weights": f.weights,
-                "bias": np.array([f.bias], dtype=np.float64),
-            }
+            site: dict(zip(names, (f.direction, f.weights, np.atleast_1d(f.bias)), strict=True))
             for site, f in result.sites.items()
         }
         self._keep(order, reader, made, result.seed)

@@ -35,7 +35,8 @@ Prompt = Annotated[str, Field(max_length=MAX_TEXT)] | TokenIds | Chat
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 Label = bool | int | Annotated[float, Field(ge=-1e9, le=1e9)]
 Group = Annotated[int, Field(ge=-(2**53), le=2**53)] | Annotated[str, Field(max_length=200)]
-FitKind = Literal["logistic", "mean_diff", "ridge", "linear_map"]
+FitKind = Literal["logistic", "mean_diff", "ridge", "lda", "multinomial", "linear_map"]
+MOST_FOLDS: Final = 20
 Labels = Annotated[tuple[Label, ...], Field(min_length=1, max_length=1_000_000, fail_fast=True)]
 MaskName = Annotated[str, Field(min_length=1, max_length=200)]
 Mask = Annotated[tuple[bool, ...], Field(max_length=65_536, fail_fast=True)]
@@ -84,13 +85,16 @@ class FitRequest(Strict):
 
     Attributes:
         handle: activations to fit on; every captured site is fitted.
-        kind: `logistic`, `mean_diff` or `ridge`, to labels; `linear_map`, to the rows of another handle.
+        kind: `linear_map` is fitted to the rows of another handle, every other kind to labels.
         labels: one per prompt, in prompt order (per row when each prompt has one row, the usual case).
         target: of a linear map, the handle whose rows are fitted to, as many as `handle` has.
         target_site: which of its sites.
         groups: rows of one group never stand on both sides of the split, one per prompt.
         test_fraction: part of the prompts held out.
         l2: strength of the penalty; None for the fit's default.
+        l1: of `logistic`, strength of the penalty of absolute weights.
+        class_weight: of `logistic` and `multinomial`, whether every class counts the same, however rare it is.
+        folds: of a cross-validation over all rows, beside the held-out split; 0 for none.
     """
 
     handle: HandleText
@@ -104,6 +108,9 @@ class FitRequest(Strict):
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.25
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     l2: Annotated[float, Field(gt=0.0, le=1e9)] | None = None
+    l1: Annotated[float, Field(gt=0.0, le=1e9)] | None = None
+    class_weight: Literal["balanced"] | None = None
+    folds: Annotated[int, Field(ge=0, le=MOST_FOLDS)] = 0
 
 
 class TokenizeRequest(Strict):

@@ -82,6 +82,12 @@ def test_capture_fit_and_reuse(client: trocar.Client, model: trocar.Model) -> No
     with model.trace("abc") as t:
         t.save("s", t.score(t.resid_post[1][:], probe))
     assert t.run().result()["s"].values.shape == (3,)
+    crossed = acts.fit("lda", [i % 2 for i in range(24)], folds=3)
+    assert set(crossed.metric("auroc_folds")) == set(acts.sites)
+    many = acts.fit("multinomial", [i % 3 for i in range(24)], class_weight="balanced")
+    with pytest.raises(trocar.ClientError) as caught:
+        _ = many.direction
+    assert caught.value.code == "bad_argument"
     again = client.activations(acts.handle)
     assert again.stored == acts.stored
     assert acts.handle in {h.handle for h in client.handles()}

@@ -152,6 +152,14 @@ def test_stored_rows_fits_and_what_they_made_are_the_same(two: Two) -> None:
         for handle in rows
     ]
     found = two.same("fit", *((fit, None) for fit in fits))
+    for options in (
+        {"kind": "lda", "folds": 3},
+        {"kind": "multinomial", "class_weight": "balanced"},
+        {"kind": "logistic", "l1": 2.0, "folds": 2},
+    ):
+        two.same(
+            "fit", *((FitRequest(**(fit.model_dump(exclude_unset=True) | options)), None) for fit in fits)
+        )
     made = [json.loads(payload)["outputs"]["fit"]["artifact"] for payload in found]
     vectors = [
         parsed(

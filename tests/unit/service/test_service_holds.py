@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from trocar.errors import ProgramError, ServerFault, TrocarError
 from trocar.graph import ops
 from trocar.graph.program import Generation, Program
 from trocar.service import fits, local
-from trocar.service.fits import METRICS
+from trocar.service.metrics import METRICS
 from trocar.wire.requests import FitRequest, RunRequest
 
 WAIT_S = 20.0
@@ -203,7 +204,9 @@ def test_rows_of_another_model_are_not_fitted(fresh: Any, monkeypatch: pytest.Mo
 
 def test_a_fit_releases_as_many_numbers_as_its_price(fresh: Any) -> None:
     handle = _captured(fresh, 24)
-    for kind in set(METRICS) - {"linear_map"}:
+    for kind, folds in itertools.product(set(METRICS) - {"linear_map"}, (0, 2)):
         labels = tuple(float(i) for i in range(24)) if kind == "ridge" else tuple(i % 2 for i in range(24))
-        found = wait(fresh, _fit(fresh, handle, labels, kind=kind))
+        found = wait(fresh, _fit(fresh, handle, labels, kind=kind, folds=folds))
         assert found["receipt"]["reserved_bits"] == sum(found["receipt"]["released_bits"].values())
+        ((_, sent),) = (tuple(site.values()) for site in found["outputs"]["fit"]["sites"])
+        assert len(sent) == len(METRICS[kind]) + (3 if folds else 0)

@@ -19,7 +19,7 @@ from trocar.engine.protocol import EngineStats
 from trocar.gate import schema
 from trocar.gate.schema import Arrays, Field
 from trocar.host.gate.line import Errand, Line, Open
-from trocar.service.metrics import METRICS
+from trocar.service import metrics
 from trocar.service.prepare import digest
 from trocar.service.worker import FitOrder, NumbersOrder, RunOrder, Watch
 from trocar.strict import Strict
@@ -73,7 +73,7 @@ class RemoteWorker:
         return _arrays(body, declared)
 
     def fit(self, order: FitOrder, watch: Watch) -> Arrays:
-        shape = (len(order.sites), len(METRICS[order.request.kind]))
+        shape = (len(order.sites), len(metrics.names(order.request)))
         declared = (Field("metrics", "<f4", shape),)
         sheet = FitSheet(
             model=self.pinned.facts.name,
