@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ from trocar.analysis import streams
 from trocar.analysis.labels import Ints
 from trocar.analysis.source import BLOCK_ROWS, Block, Source
 from trocar.dictionaries import library
+
+ACTS_BYTES: Final = 64 << 20
 
 
 class Dictionary:
@@ -47,6 +49,11 @@ class Dictionary:
     @property
     def features(self) -> int:
         return int(self._module.cfg.d_sae)
+
+    @property
+    def block_rows(self) -> int:
+        """How many rows to encode at once: a block, or fewer where their activations would take `ACTS_BYTES`."""
+        return max(1, min(BLOCK_ROWS, ACTS_BYTES // (4 * self.features)))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -118,7 +125,7 @@ class Codes:
     values: npt.NDArray[np.float32]
 
 
-def encode(dictionary: Dictionary, source: Source, most: int = BLOCK_ROWS) -> Iterator[Codes]:
+def encode(dictionary: Dictionary, source: Source) -> Iterator[Codes]:
     """The codes of all rows, a block at a time.
 
     Raises:
@@ -126,7 +133,7 @@ def encode(dictionary: Dictionary, source: Source, most: int = BLOCK_ROWS) -> It
     """
     dictionary.require(source)
     first = 0
-    for block in streams.finite(source, most=most):
+    for block in streams.finite(source, most=dictionary.block_rows):
         acts = dictionary.encode(block)
         row, feature = np.nonzero(acts)
         starts = np.searchsorted(row, np.arange(len(block) + 1)).astype(np.int64)
@@ -153,5 +160,5 @@ class FeatureRows:
         return len(self._source)
 
     def blocks(self, most: int = BLOCK_ROWS) -> Iterator[Block]:
-        for block in streams.finite(self._source, most=most):
+        for block in streams.finite(self._source, most=min(most, self._dictionary.block_rows)):
             yield self._dictionary.encode(block)

@@ -70,7 +70,7 @@ def measure(dictionary: Dictionary, source: Source, target: Source | None = None
     active, total = np.zeros(size, dtype=np.int64), np.zeros(size)
     largest = np.zeros(size, dtype=np.float32)
     spread, left = _Spread(wanted.width), 0.0
-    for x, y in _pairs(source, target):
+    for x, y in _pairs(source, target, dictionary.block_rows):
         acts, out = dictionary.both(x)
         active += np.count_nonzero(acts, axis=0)
         total += acts.sum(axis=0, dtype=np.float64)
@@ -91,11 +91,11 @@ def measure(dictionary: Dictionary, source: Source, target: Source | None = None
     )
 
 
-def _pairs(source: Source, target: Source | None) -> Iterator[tuple[Block, Block]]:
+def _pairs(source: Source, target: Source | None, most: int) -> Iterator[tuple[Block, Block]]:
     if target is None:
-        yield from ((block, block) for block in streams.finite(source))
+        yield from ((block, block) for block in streams.finite(source, most=most))
     else:
-        for both in streams.finite(Beside(source, target)):
+        for both in streams.finite(Beside(source, target), most=most):
             x = np.ascontiguousarray(both[:, : source.width])
             yield x, both[:, source.width :]
 
@@ -156,7 +156,7 @@ def top_examples(
         raise errors.refuse("bad_value", "features", reason)
     best = np.zeros((len(chosen), k), dtype=np.float32)
     rows, start = np.full((len(chosen), k), -1, dtype=np.int64), 0
-    for block in streams.finite(source):
+    for block in streams.finite(source, most=dictionary.block_rows):
         acts = dictionary.encode(block)[:, chosen].T
         better = np.flatnonzero((acts > best[:, -1:]).any(axis=1))
         numbers = np.broadcast_to(np.arange(start, start + len(block)), (len(better), len(block)))

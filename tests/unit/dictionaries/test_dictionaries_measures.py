@@ -95,10 +95,12 @@ def test_a_transcoder_is_measured_on_its_target() -> None:
 
 
 @pytest.mark.parametrize("most", [512, 7])
-def test_codes_are_the_activations(most: int) -> None:
+def test_codes_are_the_activations(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trocar.dictionaries.dictionary.ACTS_BYTES", 4 * ATOMS * most)
     dictionary, x = random_dictionary(), rows_of(700)
     dense = np.zeros((700, ATOMS), dtype=np.float32)
-    for codes in encode(dictionary, ArraySource(x), most):
+    for codes in encode(dictionary, ArraySource(x)):
+        assert len(codes.starts) - 1 == min(most, 700 - codes.first)
         assert codes.starts[0] == 0
         assert codes.starts[-1] == len(codes.features) == len(codes.values)
         for i in range(len(codes.starts) - 1):
@@ -173,3 +175,22 @@ def test_rows_without_variance_have_no_fvu() -> None:
     with pytest.raises(errors.ProgramError) as e:
         measure(random_dictionary(), ArraySource(np.ones((9, WIDTH), np.float32)))
     assert e.value.code == "too_few_rows"
+
+
+def test_many_features_take_few_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    dictionary, x = random_dictionary("jumprelu"), rows_of(300)
+    target = ArraySource(x[::-1].copy())
+    before = measure(dictionary, ArraySource(x)), measure(dictionary, ArraySource(x), target)
+    examples = top_examples(dictionary, ArraySource(x), k=4)
+    assert dictionary.block_rows == 512
+    monkeypatch.setattr("trocar.dictionaries.dictionary.ACTS_BYTES", 4 * ATOMS * 9)
+    sizes: list[int] = []
+    encoder = Dictionary.encode
+    monkeypatch.setattr(Dictionary, "encode", lambda d, rows: sizes.append(len(rows)) or encoder(d, rows))
+    after = measure(dictionary, ArraySource(x)), measure(dictionary, ArraySource(x), target)
+    for one, other in zip(before, after, strict=True):
+        assert other.numbers() == pytest.approx(one.numbers(), rel=1e-6)
+    again = top_examples(dictionary, ArraySource(x), k=4)
+    assert (again.rows == examples.rows).all()
+    assert sum(len(block) for block in FeatureRows(dictionary, ArraySource(x)).blocks()) == 300
+    assert max(sizes) == 9
