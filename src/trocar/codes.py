@@ -151,6 +151,8 @@ TABLE: Final[tuple[Code, ...]] = (
          "Use a new key for a new request."),
     Code("still_running", "Conflict", "The request with this idempotency key has not finished.",
          "Wait, then send it again with the same key.", retryable=True),
+    Code("replay_expired", "Conflict", "A request whose answer was given, and is no longer kept to be given again.",
+         "Send it under a new idempotency key; it is a new request and costs what it costs."),
     Code("policy_loosened", "PolicyRefusal", "A policy that lets more leave than the last one, and was not approved.",
          "Two people approve the file with `trocar policy approve`, an owner among them."),
     Code("bad_policy", "ProgramError", "A policy file that cannot be used.",

@@ -135,7 +135,7 @@ def _secret(caller: Caller) -> str:
 
 
 def test_case_29_guessing_is_slowed_down(world: World) -> None:
-    """After six hundred wrong ids in a minute a key is told to wait, and how long; others are not."""
+    """After too many wrong ids in a minute a key is told to wait, and how long; others are not."""
     made = mint(world.server, "guesser")
     caller, most = (
         Caller(world.server.app, made.secret),

@@ -5,7 +5,7 @@ the rows. Every site is fitted and tested on the same held-out split. Rows are s
 the user. This room knows nothing of handles, models, programs or budgets.
 """
 
-from trocar.analysis.fit import check, fit, sizes
+from trocar.analysis.fit import check, fit, leans_on, sizes
 from trocar.analysis.many import logistic_many
 from trocar.analysis.maps import LinearFit, linear_map
 from trocar.analysis.maps import sizes as map_sizes
@@ -31,6 +31,7 @@ __all__ = [
     "fit_leace",
     "fit_pca",
     "fit_whitening",
+    "leans_on",
     "linear_map",
     "logistic_many",
     "map_sizes",

@@ -126,6 +126,22 @@ def sizes(
     return len(split.train), len(split.test)
 
 
+def leans_on(kind: Kind, labels: Given, groups: Given | None, test_fraction: float, seed: int) -> int:
+    """How many of its rows a fit leans on, whatever their number: fewer rows with as even weights would do as much.
+
+    The participation ratio `(sum w)^2 / sum w^2` of the weights `w`, which are the squared distances of the labels from
+    their mean: n for two even classes, and about the size of the smaller one when it is small; of several classes, the
+    least one. It follows from the request.
+    """
+    trial = plan(kind, labels, groups, test_fraction, seed)
+    y = trial.y[trial.split.train]
+    columns = (
+        [y] if trial.classes is None else [(y == i).astype(np.float64) for i in range(len(trial.classes))]
+    )
+    weights = [(column - column.mean()) ** 2 for column in columns]
+    return int(min(w.sum() ** 2 / (w**2).sum() for w in weights) + 1e-6)
+
+
 def check_split(test_fraction: float, seed: int) -> None:
     """Refuses with `bad_value` what no split can be drawn with."""
     if not 0 < test_fraction < 1:

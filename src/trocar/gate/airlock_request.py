@@ -52,6 +52,7 @@ class Sent:
     blocks: int | None = None
     first: bool = False
     texts: tuple[str, ...] = ()
+    leans_on: int | None = None
 
     @property
     def rows(self) -> npt.NDArray[np.float32]:
@@ -71,7 +72,7 @@ class Sent:
         height, width = rows.shape
         return Part(
             self.name, self.origin, self.label, self.site, height, width, measure(rows), self.blocks,
-            self.first, self.texts,
+            self.first, self.texts, self.leans_on,
         )  # fmt: skip
 
 
@@ -115,8 +116,8 @@ class ExportFacts:
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Sites whose rows leave."""
-        return tuple(p.site for p in self.parts if p.site is not None and p.origin is Origin.read)
+        """Sites whose rows leave, or can be had from what leaves."""
+        return tuple(p.site for p in self.parts if p.site is not None and p.tells_rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,8 @@ WIDTHS: Final = (4, 8)
 """Bits of one number that may leave: none is finer, whatever the tier."""
 MOST_PARTS: Final = 1024
 MOST_TEXTS: Final = 256
+LEAST_FITTED: Final = 8
+"""A fit that leans on fewer rows is close to being those rows."""
 _FEW_ROWS: Final = 8
 _BLOCK: Final = 256
 _ONE_HOT: Final = 0.99
@@ -85,6 +87,7 @@ class Check(StrEnum):
     logits = "logits"
     early_layer = "early_layer"
     near_write = "near_write"
+    few_rows = "few_rows"
     linear_map = "linear_map"
     not_finite = "not_finite"
     too_many_bytes = "too_many_bytes"
@@ -132,6 +135,7 @@ class Part:
         blocks: whole blocks between the last user write upstream and the read; None: nothing was written.
         first: whether the row of position 0 is among the rows (or the rows of the fit).
         texts: words that go with it, for example the classes of a probe.
+        leans_on: rows that a fit leans on (`analysis.leans_on`); None for what was not fitted to labels.
     """
 
     name: str
@@ -144,6 +148,17 @@ class Part:
     blocks: int | None = None
     first: bool = False
     texts: tuple[str, ...] = ()
+    leans_on: int | None = None
+
+    @property
+    def few(self) -> bool:
+        """Whether it is a fit to so few rows that it is as good as those."""
+        return self.leans_on is not None and self.leans_on < LEAST_FITTED
+
+    @property
+    def tells_rows(self) -> bool:
+        """Whether rows of its site can be had from it."""
+        return self.origin is Origin.read or self.few
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +292,8 @@ def _part_fails(part: Part, kind: ExportKind, terms: ExportTerms) -> Iterator[tu
         yield Check.logits, "logits of the whole vocabulary give the unembedding away"
     if kind is ExportKind.rows:
         yield from _row_fails(part, terms)
+    elif part.few and (_near(part, terms) or (part.site is not None and _early(part.site, terms))):
+        yield Check.few_rows, f"it leans on {part.leans_on} rows, and those would not leave"
 
 
 def _row_fails(part: Part, terms: ExportTerms) -> Iterator[tuple[Check, str]]:
@@ -325,7 +342,7 @@ def _map_fails(description: Description, terms: ExportTerms) -> Iterator[Reason]
 def _ends(
     parts: tuple[Part, ...], more: tuple[Site, ...], terms: ExportTerms
 ) -> tuple[tuple[Site, Site], ...]:
-    here = [p for p in parts if p.origin is Origin.read and p.site is not None]
+    here = [p for p in parts if p.tells_rows and p.site is not None]
     every = [p.site for p in here if p.site is not None]
     first = [p.site for p in here if p.site is not None and p.first]
     return linear_maps.ends((*every, *more), (*first, *more), terms.maps)
@@ -355,6 +372,8 @@ def _part_doubts(part: Part, path: str, terms: ExportTerms) -> Iterator[Reason]:
     if part.numbers.one_hot_columns and terms.one_hot_reviewed:
         count = part.numbers.one_hot_columns
         yield Reason(Check.one_hot, path, f"{count} columns look like unit vectors: were the inputs chosen?")
+    if part.few and terms.rows_reviewed:
+        yield Reason(Check.few_rows, path, f"it leans on {part.leans_on} rows, and is close to being those")
     if part.site is not None and _early(part.site, terms):
         yield Reason(
             Check.early_layer, path, f"made at {str(part.site)!r}, where tokens are still embeddings"

@@ -77,6 +77,7 @@ class Handle:
         counts: rows of each prompt, in prompt order; empty for artifacts.
         origins: by site, of activations; of an artifact, of the rows that it was fitted on.
         own_targets: whether an artifact was fitted to activations, and so holds numbers of the weights.
+        leans_on: rows that an artifact leans on when it was fitted to labels.
         source: what an artifact was fitted on.
         maker: the credential that asked for it.
     """
@@ -90,6 +91,7 @@ class Handle:
     counts: tuple[int, ...] = ()
     origins: Mapping[str, Origin] = field(default_factory=dict)
     own_targets: bool = False
+    leans_on: int | None = None
     source: str = ""
     created_ms: int = 0
     maker: tuple[str, ...] = ()
@@ -182,6 +184,7 @@ def _row(handle: Handle) -> dict[str, Any]:
     notes = {
         "origins": {site: [o.blocks, o.first] for site, o in handle.origins.items()},
         "own_targets": handle.own_targets,
+        "leans_on": handle.leans_on,
         "source": handle.source,
         "maker": handle.maker,
     }
@@ -211,6 +214,7 @@ def _handle(row: RowMapping) -> Handle:
         counts=tuple(json.loads(row["counts"])),
         origins={site: Origin(blocks, first) for site, (blocks, first) in notes["origins"].items()},
         own_targets=notes["own_targets"],
+        leans_on=notes["leans_on"],
         source=notes["source"],
         created_ms=row["created_ms"],
         maker=tuple(notes["maker"]),

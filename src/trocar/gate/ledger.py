@@ -175,7 +175,7 @@ class Ledger:
             self._check_spent(spent_bits, row["reserved_bits"])
             keys.require_not_revoked(connection, row["key_id"], reservations.token_ids(row))
             accounts.require_not_frozen(connection, row["lineage"])
-            reservations.keep(connection, row, payload)
+            reservations.keep(connection, row, payload, now_ms)
             if also is not None:
                 also(connection)
             return reservations.close(

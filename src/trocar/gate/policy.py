@@ -143,11 +143,12 @@ class People(Strict):
     """`[people]`: who asks.
 
     Attributes:
-        refusals_per_minute: refused requests of one key that are answered; more are told to wait.
+        refusals_per_minute: refused requests of one key that are answered; more are told to wait. Each is an entry
+            of the log of about a kilobyte.
     """
 
     tiers: Tiers = Tiers()
-    refusals_per_minute: Annotated[int, Field(ge=1, le=100_000)] = 600
+    refusals_per_minute: Annotated[int, Field(ge=1, le=100_000)] = 120
 
 
 class Project(Strict):

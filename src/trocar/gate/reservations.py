@@ -13,17 +13,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NewType
 
-from sqlalchemy import Connection, RowMapping, and_, bindparam, insert, select, update
+from sqlalchemy import Connection, RowMapping, and_, bindparam, delete, insert, select, update
 
 from trocar import errors
 from trocar.gate import accounts, chain
 from trocar.gate.chain import Head, Json, Kind
 from trocar.gate.database import unavailable
 from trocar.gate.keys import KeyId
-from trocar.gate.tables import PAYLOADS, RESERVATIONS
+from trocar.gate.tables import LOG, PAYLOADS, RESERVATIONS
+from trocar.gate.windows import DAY_MS
 
 ReservationId = NewType("ReservationId", str)
 OPEN: Final = "open"
+REPLAY_DAYS: Final = 30
+"""An answer is kept that long for replays; its name is taken for good."""
 # built once: making a statement costs more than running it
 _ADD: Final = insert(RESERVATIONS)
 _CLOSE: Final = update(RESERVATIONS).where(RESERVATIONS.c.id == bindparam("at"))
@@ -205,10 +208,11 @@ def close(
     return Charge(head.seq, head.hash, spent_bits, balance.left_bits)
 
 
-def keep(connection: Connection, row: RowMapping, payload: bytes) -> None:
-    """Stores a payload for replays, when its request has an idempotency key."""
+def keep(connection: Connection, row: RowMapping, payload: bytes, now_ms: int) -> None:
+    """Stores a payload for replays, when its request has an idempotency key, and drops those that are too old."""
     if row["idempotency_key"] is not None:
-        connection.execute(insert(PAYLOADS).values(reservation=row["id"], payload=payload))
+        connection.execute(delete(PAYLOADS).where(PAYLOADS.c.kept_ms < now_ms - REPLAY_DAYS * DAY_MS))
+        connection.execute(insert(PAYLOADS).values(reservation=row["id"], kept_ms=now_ms, payload=payload))
 
 
 def earlier(connection: Connection, ask: Ask) -> RowMapping | None:
@@ -227,8 +231,8 @@ def replay(connection: Connection, row: RowMapping, ask: Ask, now_ms: int) -> Re
     """The answer of an earlier operation, if `ask` is the same request.
 
     Raises:
-        Conflict: `idempotency_conflict`, `still_running`.
-        ServerFault: `ledger_unavailable` when the stored payload is not the one that was charged.
+        Conflict: `idempotency_conflict`, `still_running`, `replay_expired`.
+        ServerFault: `ledger_unavailable` when the stored payload is not the one that was charged, or should be there.
     """
     name = repr(row["idempotency_key"])
     if (row["lineage"], row["request_digest"]) != (ask.lineage, ask.request_digest):
@@ -236,7 +240,10 @@ def replay(connection: Connection, row: RowMapping, ask: Ask, now_ms: int) -> Re
     if row["state"] == OPEN:
         raise errors.refuse("still_running", "idempotency_key", f"the request {name} has not finished")
     query = select(PAYLOADS.c.payload).where(PAYLOADS.c.reservation == row["id"])
-    payload = bytes(connection.execute(query).scalar_one())
+    kept = connection.execute(query).scalar_one_or_none()
+    if kept is None:
+        raise _gone(connection, row, now_ms)
+    payload = bytes(kept)
     # other bytes than those charged would leave for free
     if hashlib.sha256(payload).hexdigest() != row["payload_digest"]:
         raise unavailable("a stored payload is not the one that was charged")
@@ -251,3 +258,13 @@ def replay(connection: Connection, row: RowMapping, ask: Ask, now_ms: int) -> Re
         time_ms=now_ms,
     )
     return Replay(payload, row["payload_digest"], row["spent_bits"], head)
+
+
+def _gone(connection: Connection, row: RowMapping, now_ms: int) -> errors.TrocarError:
+    """The refusal for an answer that is not stored: it is old, or somebody was at the table."""
+    settled = and_(LOG.c.reservation == row["id"], LOG.c.kind == Kind.settled)
+    at_ms = connection.execute(select(LOG.c.time_ms).where(settled)).scalar_one_or_none()
+    if at_ms is None or at_ms >= now_ms - REPLAY_DAYS * DAY_MS:
+        return unavailable("a stored payload is gone")
+    reason = f"the answer of {row['idempotency_key']!r} is older than {REPLAY_DAYS} days and was not kept"
+    return errors.refuse("replay_expired", "idempotency_key", reason)

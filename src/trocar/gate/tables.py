@@ -117,6 +117,7 @@ PAYLOADS: Final = Table(
     "payloads",
     METADATA,
     Column("reservation", String(32), ForeignKey("reservations.id"), primary_key=True),
+    Column("kept_ms", BigInteger, nullable=False, index=True),
     Column("payload", LargeBinary, nullable=False),
 )
 

@@ -322,7 +322,8 @@ def _parts(of: Handle, order: NumbersOrder, arrays: Arrays) -> Iterator[Sent]:
     for field in order.fields:
         site = field.name.partition("/")[0]
         way = of.origins.get(site, _UNKNOWN)
-        yield Sent(field.name, origin, label, arrays[field.name], parse(site), way.blocks, way.first)
+        values, leans_on = arrays[field.name], of.leans_on
+        yield Sent(field.name, origin, label, values, parse(site), way.blocks, way.first, leans_on=leans_on)
 
 
 def _made(of: Handle, order: NumbersOrder) -> tuple[Origin, Label]:

@@ -37,6 +37,7 @@ class Ask:
 
     Attributes:
         labels, groups: per row; None for a linear map.
+        leans_on: rows that a fit to labels leans on.
         target: what a linear map is fitted to.
         shapes: of the arrays that it makes, by site.
     """
@@ -49,6 +50,7 @@ class Ask:
     n_train: int
     n_test: int
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+    leans_on: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,7 +90,8 @@ def ask(request: FitRequest, of: Handle, target: Handle | None, rules: Rules) ->
     analysis.check(request.kind, labels, groups, test_fraction=fraction, seed=seed, l2=request.l2)
     n_train, n_test = analysis.sizes(request.kind, labels, groups, fraction, seed)
     shapes = {site: {"direction": (n,), "weights": (n,), "bias": (1,)} for site, n in of.widths.items()}
-    return Ask(request, of, None, labels, groups, n_train, n_test, shapes)
+    leans_on = analysis.leans_on(request.kind, labels, groups, fraction, seed)
+    return Ask(request, of, None, labels, groups, n_train, n_test, shapes, leans_on)
 
 
 def _map(request: FitRequest, of: Handle, target: Handle | None, rules: Rules) -> Ask:
@@ -185,6 +188,7 @@ class Fit:
             ask.shapes,
             origins=ask.of.origins,
             own_targets=ask.target is not None,
+            leans_on=ask.leans_on,
             source=ask.of.id,
         )
 

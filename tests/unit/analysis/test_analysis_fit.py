@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from trocar import errors
-from trocar.analysis import ClassMetrics, FitResult, Kind, RidgeMetrics, fit
+from trocar.analysis import ClassMetrics, FitResult, Kind, RidgeMetrics, fit, leans_on
 
 Floats = npt.NDArray[np.float64]
 SITE = "resid_post.3"
@@ -33,6 +33,19 @@ def reference_auroc(scores: npt.NDArray[Any], y: npt.NDArray[np.int64]) -> float
     upper, lower = scores[y == 1], scores[y == 0]
     wins = [(1.0 if a > b else 0.5 if a == b else 0.0) for a in upper for b in lower]
     return sum(wins) / len(wins)
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "rows"),
+    [
+        ("mean_diff", [0, 1] * 20, 20),
+        ("logistic", [1, 1] + [0] * 98, 1),
+        ("multinomial", [0, 1] * 40 + [2] * 4, 2),
+        ("ridge", [0.0, 0.0, 0.0, 0.0, 1e6, 1e6] + [float(i) for i in range(30)], 2),
+    ],
+)
+def test_rows_that_a_fit_leans_on(kind: Kind, labels: list[Any], rows: int) -> None:
+    assert abs(leans_on(kind, labels, None, 0.5, 0) - rows) <= (kind == "ridge")
 
 
 def only(result: FitResult) -> Any:

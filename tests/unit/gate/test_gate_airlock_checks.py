@@ -89,6 +89,17 @@ def test_rows_that_never_leave(change: dict[str, Any], code: str) -> None:
     assert codes(replace(ROWS, **change)) == ("fail", {code})
 
 
+def test_a_fit_to_few_rows_counts_as_those_rows() -> None:
+    few = replace(PROBE, leans_on=7)
+    assert codes(few, kind="artifact") == ("review", {"few_rows"})
+    assert codes(replace(few, leans_on=8), kind="artifact") == ("pass", set())
+    assert codes(replace(few, site=Site("resid_pre", 1)), kind="artifact") == ("fail", {"few_rows"})
+    assert codes(replace(few, blocks=0), kind="artifact") == ("fail", {"few_rows"})
+    ends = [replace(few, name=name, site=parse(f"{name}.9"), first=True) for name in ("v", "attn_out")]
+    assert codes(*ends, kind="artifact") == ("fail", {"linear_map"})
+    assert codes(*(replace(end, leans_on=8) for end in ends), kind="artifact") == ("pass", set())
+
+
 def test_a_policy_without_raw_rows_lets_none_out() -> None:
     never = ExportTerms(rows=False)
     assert codes(ROWS, terms=never) == ("fail", {"no_rows"})

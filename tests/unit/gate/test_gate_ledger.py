@@ -174,6 +174,22 @@ def test_a_replay_gives_the_same_bytes_for_nothing(gate: Room) -> None:
     assert [e.kind for e in gate.ledger.entries(after_seq=charge.seq)] == ["replayed"] * 2
 
 
+def test_an_answer_is_kept_for_a_month_and_its_name_for_good(gate: Room) -> None:
+    who = gate.key()
+    gate.ledger.settle(gate.reserve(who, 100, idem="old"), 10, b"x" * 100)
+    gate.clock.pass_days(29)
+    gate.ledger.settle(gate.reserve(who, 100, idem="new"), 10, b"y")
+    assert isinstance(gate.ask(who, 100, idem="old"), Replay)
+    gate.clock.pass_days(2)
+    gate.ledger.settle(gate.reserve(who, 100, idem="newer"), 10, b"z")
+    with pytest.raises(TrocarError) as gone:
+        gate.ask(who, 100, idem="old")
+    assert code_of(gone) == "replay_expired"
+    assert isinstance(gate.ask(who, 100, idem="new"), Replay)
+    assert gate.used(who) == (30, 0)
+    assert gate.ledger.check() == []
+
+
 def test_an_idempotency_key_means_one_request(gate: Room) -> None:
     who = gate.key()
     held = gate.reserve(who, 100, "one", "k")

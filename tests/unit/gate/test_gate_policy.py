@@ -355,7 +355,7 @@ START = Policy(
 MOVES: dict[str, tuple[Any, Any]] = {
     **{f"people.tiers.{tier.value}.{name}": move for tier in Tier for name, move in TIER_MOVES.items()},
     "version": (None, None),
-    "people.refusals_per_minute": (601, 599),
+    "people.refusals_per_minute": (121, 119),
     "projects.p.life_ppm": (501, 499),
     "projects.p.day_ppm": (51, 49),
     "settings.isolation": (None, "host"),

@@ -202,6 +202,17 @@ def test_an_artifact_remembers_where_its_rows_were_read(house: Any) -> None:
     assert {reason["code"] for reason in ticket["reasons"]} == {"early_layer"}
 
 
+def test_a_fit_that_is_close_to_one_row_is_treated_as_one(house: Any) -> None:
+    alone = (True, True) + (False,) * (len(WORDS) - 2)
+    deep, early = captured(house, "ada", "resid_post.2"), captured(house, "ada", "resid_post.1")
+    ticket = told(submit(house, "ada", fitted(house, "ada", deep, labels=alone)))
+    assert {reason["code"] for reason in ticket["reasons"]} == {"few_rows"}
+    near_row = fitted(house, "ada", early, labels=alone)
+    with pytest.raises(TrocarError) as caught:
+        submit(house, "ada", near_row)
+    assert (caught.value.code, codes(caught.value)) == ("export_refused", {"few_rows"})
+
+
 def test_open_weights_need_nobody_and_give_their_maps(house: Any, true_weights: Any) -> None:
     words = tuple(x + y + x for x in "abcdefghij" for y in "klmnopqrst")
     of = captured(house, "free", "z.2", "attn_out.2", model="tiny", prompts=words)
