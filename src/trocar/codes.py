@@ -126,6 +126,8 @@ TABLE: Final[tuple[Code, ...]] = (
          "Capture more rows, or lower test_fraction."),
     Code("rows_not_finite", "ProgramError", "Stored rows that contain NaN or an infinity.",
          "Leave the site out, or capture it again without the edit that overflowed."),
+    Code("bad_dictionary", "ProgramError", "Files that are no dictionary, or do not fit each other.",
+         "Save it again with SAELens 6, as cfg.json and sae_weights.safetensors in one folder."),
     Code("fit_not_converged", "RunFailed", "A fit that did not reach its optimum.", "Raise l2."),
     # policy
     Code("no_key", "AuthError", "No API key.", "Set TROCAR_API_KEY, or pass Client(api_key=...)."),

@@ -24,6 +24,8 @@ PLANTED = {
     "engine-door": ("api/app.py", "from trocar.engine import protocol"),
     "store-door": ("api/app.py", "from trocar.store import Store"),
     "analysis-door": ("engine/executor.py", "from trocar import analysis"),
+    "dictionaries-door": ("api/app.py", "from trocar import dictionaries"),
+    "dictionaries-alone": ("dictionaries/files.py", "from trocar.store import Store"),
     "models-door": ("api/app.py", "from trocar.models import catalog"),
     "host-door": ("service/service.py", "from trocar.host import streams"),
     "three-processes": ("host/gate/line.py", "from trocar.host.worker import cell"),

@@ -17,8 +17,8 @@ from source_tree import ROOT, SRC
 import trocar
 
 HEAVY = {
-    "accelerate", "duckdb", "fastapi", "httpx", "obstore", "pyarrow", "pydantic", "rich", "scipy", "sklearn",
-    "sqlalchemy", "starlette", "torch", "transformers", "typer", "uvicorn", "vllm",
+    "accelerate", "duckdb", "fastapi", "httpx", "obstore", "pyarrow", "pydantic", "rich", "sae_lens", "scipy",
+    "sklearn", "sparsify", "sqlalchemy", "starlette", "torch", "transformers", "typer", "uvicorn", "vllm",
 }  # fmt: skip
 SERVER = HEAVY - {
     "httpx",

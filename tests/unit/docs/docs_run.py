@@ -22,7 +22,15 @@ STATEMENTS = [
 ]
 LABELS = [1, 0, 1, 0] * 4
 # Pages whose blocks run from top to bottom and print what the page shows.
-PAGES = ("positions.md", "sweeps.md", "sessions.md", "airlock.md", "fits.md", "analyses.md")
+PAGES = (
+    "positions.md",
+    "sweeps.md",
+    "sessions.md",
+    "airlock.md",
+    "fits.md",
+    "analyses.md",
+    "dictionaries.md",
+)
 
 
 class Clients:
